@@ -1,0 +1,1079 @@
+"""Data sets, chat templates, tokens as bytes, and the byte-exact alignment of two tokenizers.
+
+    python gold_data.py --student DIR --teacher DIR --text FILE      how well do two tokenizers align on this text?
+    python gold_data.py --make countdown --n 10000 --out train.jsonl write Countdown puzzles
+
+From top to bottom: rows (any data set -> prompt, completion, answer), Countdown, prompts (chat templates -> ids),
+vocabularies (token id <-> bytes), alignment (spans, shared bins, the queries of the prefix loss), batches, the report.
+
+This file knows nothing about logits, models, lmbda, vLLM, or ranks.
+"""
+
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": str}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example. `completion` is None for prompt-only rows; `answer` and `meta` are for whoever grades."""
+
+    prompt: tuple[Message, ...]
+    completion: str | None = None
+    answer: Any = None
+    meta: dict = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Equal for rows that ask the same question."""
+        return json.dumps([m["content"] for m in self.prompt if m["role"] == "user"])
+
+
+class Unusable(ValueError):
+    """This row cannot be used; the message is the reason that is counted."""
+
+
+def to_row(raw: dict) -> Row:
+    """Normalise one row of any supported schema, tried in this order:
+
+    messages                                    chat; the last assistant turn is the completion
+    prompt [completion]                         strings or message lists
+    problem [generations | generated_solution | solution] [expected_answer | answer]     OpenR1, OpenMathInstruct-2
+    question answer                             GSM8K
+    nums target                                 Countdown
+
+    `generations` with `correctness_math_verify` (OpenR1-Math-220k): the first generation that was verified.
+    Raises Unusable with the reason for a row that has the columns but not the content, KeyError for an unknown schema.
+    """
+    answer = raw.get("expected_answer") if raw.get("expected_answer") is not None else raw.get("answer")
+    known = {"messages", "prompt", "completion", "problem", "question", "generations", "solution", "generated_solution"}
+    meta = {k: v for k, v in raw.items() if k not in known and not isinstance(v, (list, dict)) or k == "nums"}
+    if raw.get("generations") and raw.get("correctness_math_verify") is not None:
+        prompt = raw.get("messages") or [{"role": "user", "content": raw["problem"]}]
+        prompt = _before_answer(prompt)[0]
+        done = raw.get("is_reasoning_complete") or [True] * len(raw["generations"])
+        for text, good, complete in zip(raw["generations"], raw["correctness_math_verify"], done, strict=False):
+            if good and complete:
+                return _row(prompt, text, answer, meta)
+        raise Unusable("no verified generation")
+    if raw.get("messages"):
+        prompt, completion = _before_answer(raw["messages"])
+        return _row(prompt, completion, answer, meta)
+    if raw.get("prompt"):
+        prompt, completion = raw["prompt"], raw.get("completion")
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if completion is not None and not isinstance(completion, str):
+            completion = completion[-1]["content"]
+        return _row(prompt, completion, answer, meta)
+    if raw.get("problem"):
+        completion = raw.get("generated_solution") or raw.get("solution")
+        return _row([{"role": "user", "content": raw["problem"]}], completion, answer, meta)
+    if raw.get("question"):
+        solution = re.sub(r"<<[^>]*>>", "", str(raw["answer"]))  # GSM8K's calculator annotations
+        final = solution.split("####")[-1].strip() if "####" in solution else solution
+        return _row([{"role": "user", "content": raw["question"]}], solution, final, meta)
+    if raw.get("nums") is not None and raw.get("target") is not None:
+        return _row(countdown_prompt(raw["nums"], raw["target"]), None, answer, meta)
+    raise KeyError(
+        f"cannot read a row with columns {sorted(raw)}: expected `messages`, `prompt` (+`completion`), `problem` "
+        "(+`generated_solution`/`solution`), `question`+`answer` or `nums`+`target`"
+    )
+
+
+def _before_answer(messages: list[Message]) -> tuple[list[Message], str | None]:
+    if messages[-1]["role"] != "assistant":
+        return messages, None
+    return messages[:-1], messages[-1]["content"]
+
+
+def _row(prompt: list[Message], completion: str | None, answer: Any, meta: dict) -> Row:
+    if not prompt or not any(m["role"] == "user" and m["content"] for m in prompt):
+        raise Unusable("empty prompt")
+    if completion is not None and not completion.strip():
+        raise Unusable("empty completion")
+    prompt = tuple({"role": m["role"], "content": m["content"]} for m in prompt)
+    return Row(prompt, completion, answer, meta)
+
+
+SPLIT = re.compile(r"^(\w+)(?:\[(\d*%?):(\d*%?)\])?$")
+
+
+def raw_rows(dataset: str, subset: str | None = None, split: str = "train", streaming: bool = False) -> Iterable[dict]:
+    """Rows as dictionaries, from a .jsonl / .json / .parquet file, a saved data set directory or the Hub.
+
+    Args:
+        subset: a configuration of the data set. A name that is a split instead (OpenMathInstruct-2's train_1M) is used
+            as the split and said so.
+        split: a name with an optional slice, "train[:1024]" or "test[10%:20%]"; a single file is all of every split.
+        streaming: iterate without downloading everything.
+    Raises: FileNotFoundError, or ValueError that lists what exists.
+    """
+    import datasets
+
+    match = SPLIT.match(split)
+    if not match:
+        raise ValueError(f"split {split!r} is not understood: write a name or a slice of one, like train[:1024]")
+    path = Path(dataset)
+    if path.suffix in (".jsonl", ".json", ".parquet"):
+        if not path.exists():
+            raise FileNotFoundError(f"data set file {dataset} does not exist")
+        rows = _jsonl(path) if path.suffix != ".parquet" else datasets.Dataset.from_parquet(str(path))
+        return _sliced(rows, match, streaming)
+    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.DatasetDict):
+            if match[1] not in saved:
+                raise ValueError(f"{dataset} has no split {match[1]!r}; it has {sorted(saved)}")
+            saved = saved[match[1]]
+        return _sliced(saved, match, streaming)
+    if path.is_absolute() and not path.exists():
+        raise FileNotFoundError(f"data set {dataset} does not exist")
+    try:
+        configs = datasets.get_dataset_config_names(dataset)
+    except Exception as e:  # the Hub client raises a different class for each way of not finding something
+        raise ValueError(
+            f"data set {dataset!r} is neither a local file or directory, nor a built-in one ({', '.join(BUILT_IN)}), "
+            f"nor reachable on the Hub: {e}"
+        ) from e
+    name = subset if subset in configs else None
+    splits = datasets.get_dataset_split_names(dataset, name or (configs[0] if len(configs) == 1 else None))
+    if subset is not None and name is None:
+        if subset not in splits or match[1] != "train":
+            raise ValueError(f"{dataset} has no subset {subset!r}: its subsets are {configs}, its splits {splits}")
+        print(f"data: {dataset} has no subset {subset!r} but a split of that name; using it")
+        match = SPLIT.match(split.replace("train", subset, 1))
+    if match[1] not in splits:
+        raise ValueError(f"{dataset} has no split {match[1]!r}: its splits are {splits}")
+    loaded = datasets.load_dataset(dataset, name, split=match[1] if streaming else match[0], streaming=streaming)
+    return _sliced(loaded, match, True) if streaming else loaded
+
+
+def _sliced(rows: Iterable[dict], match: re.Match, streaming: bool) -> Iterable[dict]:
+    """Apply the slice of a split name; a percentage needs to know the length."""
+    start, stop = match[2] or "0", match[3]
+    if streaming and not isinstance(rows, list):
+        if "%" in start + (stop or ""):
+            raise ValueError("a percentage slice needs the whole data set: use numbers, or no streaming")
+        rows = rows.skip(int(start)) if int(start) else rows
+        return rows.take(int(stop) - int(start)) if stop else rows
+    n = len(rows)
+    start, stop = (n * int(x[:-1]) // 100 if x.endswith("%") else int(x) for x in (start, stop or str(n)))
+    return rows[start:stop] if isinstance(rows, list) else rows.select(range(start, min(stop, n)))
+
+
+def _jsonl(path: Path) -> list[dict]:
+    """A .jsonl file, or a .json file holding a list or lines."""
+    text = path.read_text()
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path} is not valid JSON: {e}") from e
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as e:
+                raise ValueError(f"{path} line {number} is not valid JSON ({e.msg}): {line[:80]!r}") from e
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"{path} line {number} is not an object: {line[:80]!r}")
+    return rows
+
+
+def load_rows(dataset: str, subset: str | None = None, split: str = "train") -> tuple[list[Row], Counter]:
+    """All usable rows of a data set, and how many were dropped for which reason.
+
+    Raises ValueError if nothing is left.
+    """
+    rows, dropped = [], Counter()
+    for row in iter_rows(dataset, subset, split, dropped=dropped):
+        rows.append(row)
+    if not rows:
+        why = f"dropped {dict(dropped)}" if dropped else "it is empty"
+        raise ValueError(f"data set {dataset} ({split}) has no usable row: {why}")
+    return rows, dropped
+
+
+def iter_rows(
+    dataset: str,
+    subset: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    dropped: Counter | None = None,
+) -> Iterator[Row]:
+    """Rows one by one; unusable ones are counted in `dropped`."""
+    dropped = Counter() if dropped is None else dropped
+    raws = BUILT_IN[dataset](split) if dataset in BUILT_IN else raw_rows(dataset, subset, split, streaming)
+    for raw in raws:
+        try:
+            yield to_row(raw)
+        except Unusable as reason:
+            dropped[str(reason)] += 1
+
+
+def hold_out(rows: list[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row], int]:
+    """(training rows, held-out rows, number of training rows dropped because a held-out row asks the same)."""
+    if ratio == 0:
+        return rows, [], 0
+    keys = sorted({row.key for row in rows})
+    random.Random(f"hold out {seed}").shuffle(keys)
+    held_keys = set(keys[: max(1, round(ratio * len(keys)))])
+    held, seen = [], set()
+    for row in rows:
+        if row.key in held_keys and row.key not in seen:
+            held.append(row)
+            seen.add(row.key)
+    kept = [row for row in rows if row.key not in held_keys]
+    return kept, held, len(rows) - len(kept) - len(held)
+
+
+def without(rows: list[Row], others: list[Row]) -> tuple[list[Row], int]:
+    """(rows that ask nothing that `others` ask, number dropped): keeps evaluation questions out of training."""
+    asked = {row.key for row in others}
+    kept = [row for row in rows if row.key not in asked]
+    return kept, len(rows) - len(kept)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Countdown: combine the given numbers to reach a target
+
+COUNTDOWN_SYSTEM = (
+    "You are a helpful assistant. You first think about the reasoning process in the mind and then provide the user "
+    "with the answer."
+)
+COUNTDOWN_USER = (
+    "Using the numbers {nums}, create an equation that equals {target}. You can use basic arithmetic operations "
+    "(+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags. And return the final "
+    "equation and answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 = 1 </answer>."
+)
+MINI_USER = "Make {target} from {nums}."  # short: a model of half a million parameters has to read it
+
+
+def countdown_prompt(nums: list[int], target: int) -> list[Message]:
+    """The prompt of HuggingFaceTB/Countdown-Task-GOLD."""
+    user = COUNTDOWN_USER.format(nums=list(nums), target=target)
+    return [{"role": "system", "content": COUNTDOWN_SYSTEM}, {"role": "user", "content": user}]
+
+
+def countdown_puzzle(rng: random.Random, numbers: tuple[int, int], top: int, operations: str, top_target: int) -> dict:
+    """One solvable puzzle {nums, target, solution}, built forwards from a random expression over all its numbers.
+
+    Intermediate values are positive integers, as in the game; the target is in 1..top_target.
+    """
+    while True:
+        nums = [rng.randint(1, top) for _ in range(rng.randint(*numbers))]
+        terms = [(n, str(n), 2) for n in nums]  # value, text, binding strength: 0 sum, 1 product, 2 atom
+        while len(terms) > 1:
+            a, b = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
+            term = _combine(a, b, rng.choice(operations))
+            if term is None:
+                break
+            terms.append(term)
+        else:
+            value, text, _ = terms[0]
+            if value <= top_target:
+                return {"nums": nums, "target": value, "solution": text}
+
+
+def _combine(a: tuple[int, str, int], b: tuple[int, str, int], op: str) -> tuple[int, str, int] | None:
+    """a op b with as few parentheses as possible; None if the value is not a positive integer."""
+    value = {"+": a[0] + b[0], "-": a[0] - b[0], "*": a[0] * b[0], "/": Fraction(a[0], b[0])}[op]
+    if value <= 0 or Fraction(value).denominator != 1:
+        return None
+    strength = 1 if op in "*/" else 0
+    left = f"({a[1]})" if a[2] < strength else a[1]
+    right = f"({b[1]})" if b[2] < strength or (b[2] == strength and op in "-/") else b[1]
+    return int(value), f"{left} {op} {right}", strength
+
+
+def make_countdown(n: int, seed: int = 0, mini: bool = False, test: bool = False, **rule) -> list[dict]:
+    """n different puzzles as rows with prompt, completion, nums and target.
+
+    Every puzzle belongs to train or test by a hash of its numbers and target, so the two never meet whatever the seeds.
+
+    Args:
+        mini: three numbers up to 20, + and -, a one-line prompt and a bare answer: what tiny models learn on a CPU.
+        rule: overrides of countdown_puzzle's `numbers`, `top`, `operations`, `top_target`.
+    Raises ValueError if the rule does not allow n different puzzles.
+    """
+    default = dict(numbers=(3, 3), top=20, operations="+-", top_target=60)
+    if not mini:
+        default = dict(numbers=(3, 4), top=99, operations="+-*/", top_target=100)
+    rng, rows, seen, misses = random.Random(f"countdown {seed} {test}"), [], set(), 0
+    while len(rows) < n:
+        puzzle = countdown_puzzle(rng, **(default | rule))
+        key = (*sorted(puzzle["nums"]), puzzle["target"])
+        if key in seen or (sum(p * k for p, k in zip((7919, 104729, 1299709, 15485863, 31), key)) % 10 == 0) != test:
+            misses += 1
+            if misses > 100_000:
+                raise ValueError(f"only {len(rows)} different puzzles found, {n} wanted: allow more or larger numbers")
+            continue
+        seen.add(key)
+        misses = 0
+        answer = f"<answer> {puzzle['solution']} = {puzzle['target']} </answer>"
+        if mini:
+            user = MINI_USER.format(target=puzzle["target"], nums=", ".join(map(str, puzzle["nums"])))
+            prompt, completion = [{"role": "user", "content": user}], answer
+        else:
+            prompt = countdown_prompt(puzzle["nums"], puzzle["target"])
+            completion = f"<think> {puzzle['solution']} = {puzzle['target']} </think>\n{answer}"
+        rows.append({"prompt": prompt, "completion": completion, "nums": puzzle["nums"], "target": puzzle["target"]})
+    return rows
+
+
+def _built_in_countdown(mini: bool):
+    def rows(split: str) -> list[dict]:
+        match = SPLIT.match(split)
+        if not match or match[1] not in ("train", "test") or "%" in split:
+            raise ValueError(f"built-in Countdown has splits like train, test, train[:1024]; got {split!r}")
+        default = {"train": 4096, "test": 512}[match[1]]
+        start, stop = int(match[2] or 0), int(match[3] or default)
+        return make_countdown(stop, mini=mini, test=match[1] == "test")[start:]
+
+    return rows
+
+
+BUILT_IN = {"countdown": _built_in_countdown(mini=False), "countdown-mini": _built_in_countdown(mini=True)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prompts: messages -> ids, through each model's own chat template
+
+
+def render_prompt(tokenizer, messages: Iterable[Message]) -> str:
+    """The prompt as text that ends where the assistant begins.
+
+    Without a chat template: "User: ...\\n\\nAssistant:\\n" with one such block per message. A template that refuses
+    system messages gets the system text in front of the first user message.
+    """
+    messages = list(messages)
+    if tokenizer.chat_template is None:
+        return "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages) + "Assistant:\n"
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError:
+        if messages[0]["role"] != "system" or len(messages) < 2:
+            raise
+        folded = {"role": messages[1]["role"], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        return tokenizer.apply_chat_template([folded] + messages[2:], tokenize=False, add_generation_prompt=True)
+
+
+def encode_prompt(tokenizer, messages: Iterable[Message]) -> list[int]:
+    """Ids of `render_prompt` with exactly one beginning-of-text token where the tokenizer uses one."""
+    text = render_prompt(tokenizer, messages)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    if tokenizer.chat_template is None and adds_bos:
+        return [bos] + ids
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    return ids
+
+
+def end_ids(tokenizer, also: Iterable[int] = ()) -> tuple[int, ...]:
+    """Ids that end an assistant turn: the one the chat template writes, then eos, then `also` (generation config).
+
+    Raises ValueError if there is none.
+    """
+    found = []
+    if tokenizer.chat_template is not None:
+        mark = "5c1e"
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+        tail = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(mark)[2]
+        special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        found += [i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in special][:1]
+    found += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    found += list(also)
+    if not found:
+        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no eos token, so no completion could ever end")
+    return tuple(dict.fromkeys(found))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vocabularies: token id <-> bytes
+
+
+def _gpt2_bytes() -> dict[str, int]:
+    """The printable character that GPT-2's byte-level alphabet uses for each byte, reversed."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+HEX_BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
+
+
+def token_bytes(tokenizer) -> list[bytes | None]:
+    """The bytes each id writes, None for ids that write none (specials, unknown, unused).
+
+    ByteLevel (GPT-2, Llama-3, Qwen), SentencePiece / Metaspace with byte fallback (Llama-2, Mistral, Gemma), tiktoken
+    encodings, WordPiece and word-level vocabularies (a piece that starts a word writes a space first: lossy).
+    Raises ValueError that names the tokenizer if it is none of these.
+    """
+    for encoding in (tokenizer, getattr(tokenizer, "tokenizer", None), getattr(tokenizer, "model", None)):
+        if hasattr(encoding, "decode_single_token_bytes"):
+            special = set(encoding._special_tokens.values())
+            known = {i: encoding.decode_single_token_bytes(i) for i in encoding._mergeable_ranks.values()}
+            return [known.get(i) for i in range(max([*known, *special]) + 1)]
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError(
+            f"{type(tokenizer).__name__} is neither a fast tokenizer nor a tiktoken encoding: its bytes are unknown"
+        )
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, parts = spec["model"], json.dumps([spec[k] for k in ("normalizer", "pre_tokenizer", "decoder")])
+    added = {token["id"]: token for token in spec["added_tokens"]}
+    vocab = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
+    byte_level, metaspace, alphabet = "ByteLevel" in parts, "\u2581" in parts or "\\u2581" in parts, _gpt2_bytes()
+    if model.get("end_of_word_suffix"):
+        raise ValueError(f"{tokenizer.name_or_path}: BPE with end-of-word suffixes does not say where spaces are")
+    out: list[bytes | None] = [None] * (max(vocab.values()) + 1)
+    for piece, i in vocab.items():
+        literal = i in added
+        if literal and added[i]["special"] or piece == model.get("unk_token"):
+            continue
+        if byte_level:  # an added token is literal text, not in the alphabet
+            in_alphabet = not literal and all(c in alphabet for c in piece)
+            out[i] = bytes(alphabet[c] for c in piece) if in_alphabet else piece.encode()
+        elif match := HEX_BYTE.match(piece):
+            out[i] = bytes([int(match[1], 16)])
+        elif model["type"] == "WordPiece" and not literal:
+            prefix = model["continuing_subword_prefix"]
+            out[i] = piece.removeprefix(prefix).encode() if piece.startswith(prefix) else b" " + piece.encode()
+        elif model["type"] == "WordLevel" and not literal and not metaspace:
+            out[i] = b" " + piece.encode()
+        else:
+            out[i] = (piece.replace("\u2581", " ") if metaspace else piece).encode()
+    if model["type"] == "Unigram" and model.get("unk_id") is not None:
+        out[model["unk_id"]] = None
+    return out
+
+
+class Vocabulary:
+    """A tokenizer as a map between ids and bytes, with its tokens sorted so that "starts with" is a range.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        ends: ids that end a completion; the first is the one written.
+        size: rows of the model's head; ids the tokenizer does not know write nothing.
+    Raises ValueError if the tokenizer has ids that the head has no row for.
+    """
+
+    def __init__(self, tokenizer, ends: tuple[int, ...], size: int):
+        self.tokenizer, self.ends, self.size = tokenizer, ends, size
+        known = token_bytes(tokenizer)
+        if any(b is not None for b in known[size:]) or max(ends) >= size:
+            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has {len(known)} ids, the head {size} rows")
+        self.bytes: list[bytes | None] = known[:size] + [None] * (size - len(known))
+        for i in ends:
+            self.bytes[i] = None
+        self.lengths = np.array([len(b or b"") for b in self.bytes])
+        self.single = {b[0]: i for i, b in reversed(list(enumerate(self.bytes))) if b is not None and len(b) == 1}
+        probe = "caf\u00e9 12 + 3 = 15 (ok)\n"
+        # a tokenizer that puts a phantom space in front of a text is given something else to put it in front of
+        self.guards = [""] if self._writes(probe, "") else [g for g in "\n=0." if self._writes(probe, g)]
+        self.lossy = not self.guards
+
+    def _encode_text(self, text: str) -> list[int]:
+        # what a sample spells out is text, even where it spells a special token
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _writes(self, text: str, guard: str) -> bool:
+        ids = self._encode_after(guard, text)
+        return ids is not None and self.join(ids) == text.encode()
+
+    def _encode_after(self, guard: str, text: str) -> list[int] | None:
+        """Tokens of `text` where it follows `guard`; None if a token spans both."""
+        ids = self._encode_text(guard + text)
+        if not guard:
+            return ids
+        cut = np.flatnonzero(np.cumsum(self.lengths[ids]) == 1 + len(guard))  # phantom space and guard
+        return ids[cut[-1] + 1 :] if len(cut) else None
+
+    def join(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.bytes[i] or b"" for i in ids)
+
+    def encode(self, text: bytes) -> tuple[list[int], np.ndarray]:
+        """(ids, ends): the canonical tokens of a completion and how many bytes of `text` the first i + 1 of them cover.
+
+        Invalid UTF-8 becomes single-byte tokens. Where the tokenizer cannot write the text (no such byte, a
+        normalisation), the ids stop before it: `ends` says how far they got. A lossy tokenizer's ends are its offsets.
+        """
+        if self.lossy:
+            chars = text.decode(errors="replace")
+            encoded = self.tokenizer(
+                chars, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+            )
+            width = np.cumsum([0] + [len(c.encode()) for c in chars])
+            return encoded["input_ids"], width[[end for _, end in encoded["offset_mapping"]]]
+        ids: list[int] = []
+        for part, valid in _utf8_parts(text):
+            if valid:
+                tries = (self._encode_after(guard, part.decode()) for guard in self.guards)
+                ids += next((found for found in tries if found is not None), [])
+            elif all(b in self.single for b in part):
+                ids += [self.single[b] for b in part]
+            else:
+                break
+        ends = np.cumsum(self.lengths[ids]) if ids else np.zeros(0, dtype=np.int64)
+        written = self.join(ids)
+        same = next((i for i, (a, b) in enumerate(zip(written, text)) if a != b), min(len(written), len(text)))
+        keep = int(np.searchsorted(ends, same, side="right"))
+        return ids[:keep], ends[:keep]
+
+    @cached_property
+    def tokens(self) -> set[bytes]:
+        return {b for b in self.bytes if b}
+
+    # tokens sorted by bytes, and the tree of their prefixes: node 0 is "", every node is the range of tokens under it
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """(K,) ids sorted by their bytes, the end ids last."""
+        return np.array([i for _, i in self._sorted] + list(self.ends))
+
+    @cached_property
+    def _sorted(self) -> list[tuple[bytes, int]]:
+        return sorted((b, i) for i, b in enumerate(self.bytes) if b)
+
+    @cached_property
+    def rank(self) -> np.ndarray:
+        """(size,) position of each id in `order`, -1 for none."""
+        rank = np.full(self.size, -1)
+        rank[self.order] = np.arange(len(self.order))
+        return rank
+
+    @cached_property
+    def edge(self) -> np.ndarray:
+        """(258,) where in `order` the tokens that start with byte 0, 1, .. begin, then the ends, then its length."""
+        first = [b[0] for b, _ in self._sorted]
+        return np.append(np.searchsorted(first, np.arange(257)), len(self.order))
+
+    @cached_property
+    def tree(self) -> "PrefixTree":
+        return PrefixTree([b for b, _ in self._sorted])
+
+
+def _utf8_parts(data: bytes) -> Iterator[tuple[bytes, bool]]:
+    """Maximal valid UTF-8 parts (True) and the invalid bytes between them (False)."""
+    while data:
+        try:
+            data.decode()
+            yield data, True
+            return
+        except UnicodeDecodeError as e:
+            if e.start:
+                yield data[: e.start], True
+            yield data[e.start : e.end], False
+            data = data[e.end :]
+
+
+class PrefixTree:
+    """All prefixes of a sorted list of byte strings.
+
+    Node v is a prefix: strings lo[v] .. hi[v] - 1 start with it, and those before rest[v] are equal to it.
+    """
+
+    def __init__(self, strings: list[bytes]):
+        parent, byte, lo, hi, rest = [0], [0], [0], [len(strings)], [0]
+        path, last = [0], b""
+        for i, string in enumerate(strings):
+            common = next((d for d, (a, b) in enumerate(zip(string, last)) if a != b), min(len(string), len(last)))
+            for node in path[common + 1 :]:
+                hi[node] = i
+            del path[common + 1 :]
+            for b in string[common:]:
+                path.append(len(parent))
+                parent.append(path[-2])
+                byte.append(b)
+                lo.append(i)
+                hi.append(len(strings))
+                rest.append(i)
+            rest[path[-1]] = i + 1
+            last = string
+        self.byte, self.lo, self.hi, self.rest = map(np.array, (byte, lo, hi, rest))
+        self.is_token = self.rest > self.lo
+        key = np.array(parent) * 256 + self.byte  # children of a node are consecutive, ordered by byte
+        self.child = 1 + np.argsort(key[1:], kind="stable")
+        self.child_key = key[self.child]
+        self.child_start = np.searchsorted(self.child_key, np.arange(len(parent) + 1) * 256)
+
+    def walk(self, text: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Every (i, end, node) such that some string starts with text[start[i]:end], end > start[i]."""
+        index, end, node = np.arange(len(start)), start.copy(), np.zeros(len(start), dtype=np.int64)
+        found = [(index[:0], end[:0], node[:0])]
+        while len(index):
+            alive = end < len(text)
+            index, end, node = index[alive], end[alive], node[alive]
+            key = node * 256 + text[end]
+            at = np.searchsorted(self.child_key, key).clip(max=len(self.child_key) - 1)
+            alive = self.child_key[at] == key
+            index, end, node = index[alive], end[alive] + 1, self.child[at[alive]]
+            found.append((index, end, node))
+        return tuple(np.concatenate(part) for part in zip(*found))
+
+    def children(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(i, child): every child of nodes[i]."""
+        count = self.child_start[nodes + 1] - self.child_start[nodes]
+        index = np.repeat(np.arange(len(nodes)), count)
+        nth = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+        return index, self.child[self.child_start[nodes][index] + nth]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# alignment
+
+
+def spans(student_ends: np.ndarray, teacher_ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """(student span, teacher span, number of spans) of every token, from the byte offsets at which tokens end.
+
+    A span closes where both sides have a token end; tokens after the last such offset have span -1.
+    """
+    common = np.intersect1d(student_ends, teacher_ends)
+    out = []
+    for ends in (student_ends, teacher_ends):
+        span = np.searchsorted(common, ends)
+        out.append(np.where(span < len(common), span, -1))
+    return out[0], out[1], len(common)
+
+
+def shared_bins(student: Vocabulary, teacher: Vocabulary) -> tuple[np.ndarray, np.ndarray, int]:
+    """(student bin (V,), teacher bin (U,), number of bins): many-to-one maps of both vocabularies onto shared bytes.
+
+    A token's bin is its longest prefix that is a token of both vocabularies; all ids that end a text share one bin, by
+    role, and what has no shared prefix shares the last.
+    """
+    shared = sorted(student.tokens & teacher.tokens)
+    number = {b: i for i, b in enumerate(shared)}
+    out = []
+    for vocabulary in (student, teacher):
+        bins = np.full(vocabulary.size, len(shared) + 1)
+        for i, b in enumerate(vocabulary.bytes):
+            prefix = next((b[:n] for n in range(len(b or b""), 0, -1) if b[:n] in number), None)
+            if prefix is not None:
+                bins[i] = number[prefix]
+        bins[list(vocabulary.ends)] = len(shared)
+        out.append(bins)
+    return out[0], out[1], len(shared) + 2
+
+
+def shared_ids(student: Vocabulary, teacher: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (K,), (K,) of the same byte strings in both vocabularies, one to one, and of the first end ids."""
+    first_s, first_t = ({b: i for i, b in reversed(list(enumerate(v.bytes))) if b} for v in (student, teacher))
+    both = sorted(first_s.keys() & first_t.keys())
+    return (
+        np.array([first_s[b] for b in both] + [student.ends[0]]),
+        np.array([first_t[b] for b in both] + [teacher.ends[0]]),
+    )
+
+
+class _PrefixSide:
+    """One model's tokens over a text: where it has boundaries, and which prefixes cover which bytes."""
+
+    def __init__(self, vocabulary: Vocabulary, ids: list[int], text: np.ndarray):
+        n, tree = len(text), vocabulary.tree
+        self.vocabulary, self.tree = vocabulary, tree
+        self.rank = vocabulary.rank[ids]
+        self.boundary = np.cumsum([0, *vocabulary.lengths[ids]])[: len(ids)]  # offset at which row i predicts
+        self.row, self.end, self.node = tree.walk(text, self.boundary)
+        self.is_boundary = np.zeros(n + 1, dtype=bool)
+        self.is_boundary[self.boundary] = True
+        self.is_boundary[n] = True
+        self.row_at = np.full(n + 1, -1)
+        self.row_at[self.boundary] = np.arange(len(ids))
+        # inside a token of the path: the prefix of it that has been written; at a boundary: the root
+        self.inside = np.zeros(n + 1, dtype=np.int64)
+        own = self.end < np.append(self.boundary[1:], n)[self.row]
+        self.inside[self.end[own]] = self.node[own]
+        after_boundary = np.zeros(n + 2, dtype=bool)
+        after_boundary[self.boundary + 1] = True
+        self.known = self.is_boundary | after_boundary[: n + 1] | tree.is_token[self.inside]
+
+
+def prefix_queries(
+    student: Vocabulary, teacher: Vocabulary, student_ids: list[int], teacher_ids: list[int], text: bytes, ended: bool
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, int]:
+    """What gold_loss.prefix_loss has to ask both models about one completion (its docstring defines the terms).
+
+    An offset k is used if F(k) is known for both models. At a model's own boundary it always is, and so is the law of
+    the next byte. Inside a token t, d bytes in, F(k) is known if d = 1 or t[:d] is itself a token, and the next byte b
+    is told apart if t[:d] + b is a token: then a tokenizer that prefers long tokens covers that text with one token
+    from the same boundary, so the covering sum over the path is complete. (Of t = "abcd" without a token "abc", texts
+    that start with "abc" may be tokenised ab|c, which is on no path we evaluated.) For byte-pair encodings, which do
+    not always prefer the longest token, a little mass is still missed: `missed_mass` measures it.
+
+    Args:
+        student_ids, teacher_ids: tokens that write exactly `text`, then an end id if `ended`.
+    Returns: (student queries, teacher queries, offset (O,), number of offsets M); in a query's slot, outcomes are
+        0..O-1, totals O..O+M-1, discarded O+M, all counted within this completion.
+    """
+    data = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
+    n = len(data)
+    sides = [_PrefixSide(student, student_ids, data), _PrefixSide(teacher, teacher_ids, data)]
+    known = np.flatnonzero(sides[0].known & sides[1].known)  # begins with 0, ends with n
+    at, after = (known, np.append(known[1:], n + 1)) if ended else (known[:-1], known[1:])
+    num_offsets = len(at)
+    full = sides[0].is_boundary[at] & sides[1].is_boundary[at]  # every byte is told apart, and the end of the text
+    part = np.flatnonzero(~full)
+    told = np.ones((len(part), 256), dtype=bool)
+    for side in sides:
+        index, child = side.tree.children(side.inside[at[part]])
+        mine = np.repeat(side.is_boundary[at[part]][:, None], 256, axis=1)
+        token = side.tree.is_token[child]
+        mine[index[token], side.tree.byte[child[token]]] = True
+        told &= mine
+    leap = (after - at > 1) & ~full  # the next known offset is several bytes away: one outcome for exactly these
+    count = np.where(full, 257, leap)
+    count[part] += told.sum(1)
+    first = count.cumsum() - count
+    num_outcomes = int(count.sum())
+    slot_of_byte = np.full((num_offsets, 256), -1)
+    slot_of_byte[full] = first[full][:, None] + np.arange(256)
+    slot_of_byte[part] = np.where(told, first[part][:, None] + told.cumsum(1) - 1, -1)
+    offset_at = np.full(n + 1, -1)
+    offset_at[at] = np.arange(num_offsets)
+    leap_to = np.full(n + 2, -1)
+    leap_to[after[leap]] = (first + count - 1)[leap]
+
+    queries = []
+    for side in sides:
+        tree, total_size = side.tree, len(side.vocabulary.order)
+        rows, discard = np.arange(len(side.rank)), np.full(len(side.rank), num_outcomes + num_offsets)
+        asked = [(rows, side.rank, side.rank + 1, discard)]
+        # next bytes: below every prefix that reaches a used offset, and below the root where a boundary meets a part
+        here = offset_at[side.end]
+        row, node, here = side.row[here >= 0], side.node[here >= 0], here[here >= 0]
+        root = part[side.is_boundary[at[part]]]
+        below_row, below_here = np.append(row, side.row_at[at[root]]), np.append(here, root)
+        index, child = tree.children(np.append(node, np.zeros(len(root), dtype=np.int64)))
+        slot = slot_of_byte[below_here[index], tree.byte[child]]
+        index, child, slot = index[slot >= 0], child[slot >= 0], slot[slot >= 0]
+        asked.append((below_row[index], tree.lo[child], tree.hi[child], slot))
+        # several bytes at once
+        leaps = np.flatnonzero(leap_to[side.end] >= 0)
+        target = side.node[leaps]
+        asked.append((side.row[leaps], tree.lo[target], tree.hi[target], leap_to[side.end][leaps]))
+        # totals: what continues past the offset. A token that ends at a boundary without being on the path is dropped:
+        # its text goes on in a way that no row of the path describes
+        lo = np.where(side.is_boundary[at[here]], tree.rest[node], tree.lo[node])
+        asked.append((row, lo, tree.hi[node], num_outcomes + here))
+        own = np.flatnonzero(side.is_boundary[at])
+        asked.append((side.row_at[at[own]], 0 * own, 0 * own + total_size, num_outcomes + own))
+        row, lo, hi, slot = (np.concatenate(part) for part in zip(*asked))
+        keep = np.flatnonzero(lo < hi)
+        keep = keep[np.argsort(row[keep], kind="stable")]
+        path = np.empty(len(row), dtype=np.int64)
+        path[keep] = np.arange(len(keep))
+        queries.append(
+            {
+                "row": row[keep],
+                "lo": lo[keep],
+                "hi": hi[keep],
+                "slot": slot[keep],
+                "path": path[: len(side.rank)],
+                "full_row": side.row_at[at[full]],
+                "full_slot": first[full],
+            }
+        )
+    return queries[0], queries[1], np.repeat(np.arange(num_offsets), count), num_offsets
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """One completion in both models' tokens. The first `student_scored` and `teacher_scored` tokens are compared."""
+
+    teacher_ids: list[int]
+    student_scored: int
+    teacher_scored: int
+    student_span: np.ndarray  # (student_scored,)
+    teacher_span: np.ndarray  # (teacher_scored,)
+    num_spans: int
+    num_bytes: int  # of the completion
+    scored_bytes: int  # of them compared
+    prefix: tuple | None = None  # what prefix_queries returned
+
+
+def same_vocabulary(a: Vocabulary, b: Vocabulary) -> bool:
+    """Same id -> same bytes for every id, and the same ids end a completion; padding rows of the heads do not count."""
+    n = min(a.size, b.size)
+    padding = a.bytes[n:] + b.bytes[n:]
+    return a.bytes[:n] == b.bytes[:n] and not any(padding) and set(a.ends) == set(b.ends)
+
+
+def align(
+    student: Vocabulary, teacher: Vocabulary, completion_ids: list[int], finished: bool, prefix: bool
+) -> Alignment:
+    """Find the teacher's tokens for the text of a sampled or encoded completion, and where the two meet.
+
+    The text is the bytes of the student's ids as they are, never decoded and never re-tokenised for the student. The
+    end token is part of it only where the student really stopped. If an id in the middle writes nothing (a special
+    token) or the teacher cannot write some byte, everything from there on is left out: see `scored_bytes`.
+    """
+    content = completion_ids[:-1] if finished else completion_ids
+    whole = next((i for i, t in enumerate(content) if not student.bytes[t]), len(content))
+    text = student.join(content[:whole])
+    student_ends = student.lengths[content[:whole]].cumsum()
+    if student.lossy and text[:1] == b" ":  # the space in front of the first word
+        text, student_ends = text[1:], student_ends - 1
+    teacher_ids, teacher_ends = teacher.encode(text)
+    if teacher.lossy and len(teacher_ends):
+        teacher_ends[-1] = len(text)
+    complete = finished and whole == len(content) and (teacher_ends[-1] if len(teacher_ends) else 0) == len(text)
+    common = np.intersect1d(student_ends, teacher_ends)
+    stop = int(common[-1]) if len(common) else 0
+    student_ends, teacher_ends = student_ends[student_ends <= stop], teacher_ends[teacher_ends <= stop]
+    student_ids, teacher_ids = completion_ids[: len(student_ends)], teacher_ids[: len(teacher_ends)]
+    if complete:  # the end of the text is a byte of its own
+        student_ends, teacher_ends = np.append(student_ends, stop + 1), np.append(teacher_ends, stop + 1)
+        student_ids, teacher_ids = completion_ids, teacher_ids + [teacher.ends[0]]
+    student_span, teacher_span, num_spans = spans(student_ends, teacher_ends)
+    queries = None
+    if prefix:
+        queries = prefix_queries(student, teacher, student_ids, teacher_ids, text[:stop], complete)
+    num_bytes = int(student.lengths[content].sum())
+    return Alignment(
+        teacher_ids, len(student_ids), len(teacher_ids), student_span, teacher_span, num_spans, num_bytes, stop, queries
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+@dataclass
+class Sample:
+    """One prompt with one completion, by the student (on-policy) or from the data set."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]  # ends with an end id if and only if `finished`
+    finished: bool
+    on_policy: bool
+    teacher_prompt_ids: list[int] = field(default_factory=list)
+    teacher_completion_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None  # of completion_ids, by the sampler
+    version: int = -1  # step of the weights that sampled it
+    row: int = -1
+    alignment: Alignment | None = None  # None: one vocabulary, or no teacher
+
+    @property
+    def num_tokens(self) -> int:
+        """Student tokens that the distillation loss scores."""
+        return len(self.completion_ids) if self.alignment is None else self.alignment.student_scored
+
+
+@dataclass
+class Batch:
+    """A micro-batch, padded on the right: B samples, T, S student and teacher positions; flat rows index (B * T,)."""
+
+    student_ids: Tensor  # (B, T)
+    student_mask: Tensor  # (B, T)
+    student_rows: Tensor  # (C,) flat positions that predict the completion tokens: logits[t] predict token t + 1
+    student_targets: Tensor  # (C,)
+    student_sample: Tensor  # (C,) which of the B samples
+    scored: Tensor  # (N,) those of the C rows that the distillation loss scores
+    on_policy: Tensor  # (B,) bool
+    teacher_ids: Tensor | None = None  # (B, S)
+    teacher_mask: Tensor | None = None  # (B, S)
+    teacher_rows: Tensor | None = None  # (N',)
+    teacher_targets: Tensor | None = None  # (N',)
+    student_span: Tensor | None = None  # (N,)
+    teacher_span: Tensor | None = None  # (N',)
+    span_sample: Tensor | None = None  # (G,)
+    student_queries: dict[str, Tensor] | None = None
+    teacher_queries: dict[str, Tensor] | None = None
+    offset: Tensor | None = None  # (O,)
+    offset_sample: Tensor | None = None  # (M,)
+
+    def to(self, device) -> "Batch":
+        move = lambda x: {k: move(v) for k, v in x.items()} if isinstance(x, dict) else x if x is None else x.to(device)
+        return Batch(**{k: move(v) for k, v in vars(self).items()})
+
+
+def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids, mask
+
+
+def _predicting_rows(prompts: list[int], counts: list[int], width: int) -> Tensor:
+    """Flat positions that predict the first counts[i] tokens after prompts[i] tokens, row after row."""
+    return torch.cat([i * width + torch.arange(p - 1, p - 1 + c) for i, (p, c) in enumerate(zip(prompts, counts))])
+
+
+def collate(samples: list[Sample], with_teacher: bool = True) -> Batch:
+    """Tensors of a micro-batch. With a teacher, samples without an alignment share the student's completion ids."""
+    prompts, counts = [len(s.prompt_ids) for s in samples], [len(s.completion_ids) for s in samples]
+    student_ids, student_mask = _pad([s.prompt_ids + s.completion_ids for s in samples])
+    starts = np.cumsum([0] + counts[:-1])
+    batch = Batch(
+        student_ids=student_ids,
+        student_mask=student_mask,
+        student_rows=_predicting_rows(prompts, counts, student_ids.size(1)),
+        student_targets=torch.tensor([t for s in samples for t in s.completion_ids], dtype=torch.long),
+        student_sample=torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts)),
+        scored=torch.cat([a + torch.arange(s.num_tokens) for a, s in zip(starts, samples)]),
+        on_policy=torch.tensor([s.on_policy for s in samples]),
+    )
+    if not with_teacher:
+        return batch
+    aligned = [s.alignment for s in samples]
+    completions = [s.completion_ids if a is None else a.teacher_ids for s, a in zip(samples, aligned)]
+    batch.teacher_ids, batch.teacher_mask = _pad([s.teacher_prompt_ids + c for s, c in zip(samples, completions)])
+    teacher_prompts = [len(s.teacher_prompt_ids) for s in samples]
+    batch.teacher_rows = _predicting_rows(teacher_prompts, [len(c) for c in completions], batch.teacher_ids.size(1))
+    batch.teacher_targets = torch.tensor([t for c in completions for t in c], dtype=torch.long)
+    if aligned[0] is None:
+        return batch
+    first = np.cumsum([0] + [a.num_spans for a in aligned])
+    batch.student_span, batch.teacher_span = (
+        torch.tensor(np.concatenate([np.where(x >= 0, x + f, -1) for x, f in zip(part, first)]), dtype=torch.long)
+        for part in ([a.student_span for a in aligned], [a.teacher_span for a in aligned])
+    )
+    batch.span_sample = torch.tensor(np.repeat(np.arange(len(samples)), [a.num_spans for a in aligned]))
+    if aligned[0].prefix is not None:
+        _collate_queries(batch, [a.prefix for a in aligned])
+    return batch
+
+
+def _collate_queries(batch: Batch, parts: list[tuple]) -> None:
+    outcomes = np.array([len(p[2]) for p in parts])
+    offsets = np.array([p[3] for p in parts])
+    first_outcome, first_offset = outcomes.cumsum() - outcomes, offsets.cumsum() - offsets
+    total_outcomes, total_offsets = int(outcomes.sum()), int(offsets.sum())
+    merged: list[dict[str, Tensor]] = []
+    for side in (0, 1):
+        columns, rows, queries = defaultdict(list), 0, 0
+        for i, part in enumerate(parts):
+            q, o, m = part[side], outcomes[i], offsets[i]
+            moved = np.where(q["slot"] < o, first_outcome[i], total_outcomes + first_offset[i] - o)
+            discard = total_outcomes + total_offsets
+            columns["slot"].append(np.where(q["slot"] == o + m, discard, q["slot"] + moved))
+            columns["row"].append(q["row"] + rows)
+            columns["lo"].append(q["lo"])
+            columns["hi"].append(q["hi"])
+            columns["path"].append(q["path"] + queries)
+            columns["start"].append(np.full(len(q["path"]), rows))
+            columns["full_row"].append(q["full_row"] + rows)
+            columns["full_slot"].append(q["full_slot"] + first_outcome[i])
+            rows, queries = rows + len(q["path"]), queries + len(q["row"])
+        merged.append({k: torch.tensor(np.concatenate(v), dtype=torch.long) for k, v in columns.items()})
+    batch.student_queries, batch.teacher_queries = merged
+    batch.offset = torch.tensor(np.concatenate([p[2] + f for p, f in zip(parts, first_offset)]), dtype=torch.long)
+    batch.offset_sample = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(offsets))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the report: how well two tokenizers align on a text
+
+
+def missed_mass(vocabulary: Vocabulary, text: str) -> float:
+    """Share of probability, averaged over the bytes of `text`, that the covering sums of `prefix_queries` miss.
+
+    Measured from tokenizer and text alone: words of the text are taken as drawn from their own frequencies. At an
+    offset inside a word, the words that begin with the same bytes carry the mass of that prefix; those whose tokens,
+    before the offset, are not tokens of this word's path followed by one covering token are missed.
+    """
+    words = Counter(re.findall(r"[ ]?[^\s]+|\s+", text))
+    starts: dict[bytes, tuple[int, ...]] = {}
+    mass: dict[bytes, Counter] = defaultdict(Counter)  # prefix -> how it is tokenised -> weight
+    for word, weight in words.items():
+        data = word.encode()
+        ids, ends = vocabulary.encode(data)
+        starts[data] = tuple([0, *ends[:-1].tolist()])
+        for k in range(1, len(data) + 1):
+            mass[data[:k]][tuple(s for s in starts[data] if s < k)] += weight
+    missed = total = 0.0
+    for word, weight in words.items():
+        data = word.encode()
+        path = starts[data]
+        for k in range(1, len(data) + 1):
+            inside = max((s for s in path if s < k), default=0)
+            if k - inside > 1 and k not in path and k < len(data) and data[inside:k] not in vocabulary.tokens:
+                continue  # not a used offset
+            patterns = mass[data[:k]]
+            here = sum(patterns.values())
+            missed += weight * sum(w for p, w in patterns.items() if p != path[: len(p)]) / here
+            total += weight
+    return missed / max(total, 1)
+
+
+def coverage(student: Vocabulary, teacher: Vocabulary, texts: list[str]) -> dict[str, float]:
+    """How two tokenizers meet on some texts; logged as align/* and printed before training."""
+    shared = student.tokens & teacher.tokens
+    student_bin, teacher_bin, _ = shared_bins(student, teacher)
+    total = Counter()
+    largest = 0
+    for text in texts:
+        ids, ends = student.encode(text.encode())
+        a = align(student, teacher, ids, finished=False, prefix=False)
+        per_span_s = np.bincount(a.student_span[a.student_span >= 0], minlength=a.num_spans)
+        per_span_t = np.bincount(a.teacher_span[a.teacher_span >= 0], minlength=a.num_spans)
+        total["bytes"] += len(text.encode())
+        total["written"] += int(ends[-1]) if len(ends) else 0
+        total["covered"] += a.scored_bytes
+        total["spans"] += a.num_spans
+        total["one_to_one"] += int(((per_span_s == 1) & (per_span_t == 1)).sum())
+        total["student"] += len(ids)
+        total["teacher"] += len(a.teacher_ids)
+        total["shared"] += sum(student.bytes[i] in shared for i in ids)
+        total["shared_teacher"] += sum(teacher.bytes[i] in shared for i in a.teacher_ids)
+        largest = max(largest, *per_span_s.tolist(), *per_span_t.tolist()) if a.num_spans else largest
+    whole = "\n".join(texts)
+    return {
+        "coverage": total["covered"] / max(total["bytes"], 1),
+        "one_to_one": total["one_to_one"] / max(total["spans"], 1),
+        "largest_span": largest,
+        "student_tokens_per_byte": total["student"] / max(total["bytes"], 1),
+        "teacher_tokens_per_byte": total["teacher"] / max(total["bytes"], 1),
+        "shared_entries": len(shared),
+        "bins_used": len(np.intersect1d(student_bin, teacher_bin)),
+        "student_tokens_shared": total["shared"] / max(total["student"], 1),
+        "teacher_tokens_shared": total["shared_teacher"] / max(total["teacher"], 1),
+        "student_missed_mass": missed_mass(student, whole),
+        "teacher_missed_mass": missed_mass(teacher, whole),
+    }
+
+
+REPORT = {
+    "coverage": "share of the text's bytes inside spans",
+    "one_to_one": "share of spans with one token on each side",
+    "largest_span": "most tokens in one span",
+    "student_tokens_per_byte": "student tokens per byte",
+    "teacher_tokens_per_byte": "teacher tokens per byte",
+    "shared_entries": "byte strings in both vocabularies",
+    "bins_used": "bins that both vocabularies use",
+    "student_tokens_shared": "share of the student's tokens that the teacher's vocabulary has",
+    "teacher_tokens_shared": "share of the teacher's tokens that the student's vocabulary has",
+    "student_missed_mass": "student probability that the prefix loss does not see",
+    "teacher_missed_mass": "teacher probability that the prefix loss does not see",
+}
+
+
+def print_coverage(report: dict[str, float], student_name: str, teacher_name: str) -> None:
+    print(f"alignment of {student_name} (student) and {teacher_name} (teacher)")
+    for key, meaning in REPORT.items():
+        value = report[key]
+        print(f"  {meaning:<66} {value:,.0f}" if value == int(value) and value > 1 else f"  {meaning:<66} {value:.4f}")
