@@ -1112,7 +1112,9 @@ def serve(pipe: int, parent: int) -> None:
     connection = multiprocessing.connection.Connection(pipe)
     setup = connection.recv()
     if setup["device"] == "cpu":
-        os.nice(10)  # training goes first
+        os.nice(10)  # training goes first, ...
+        with contextlib.suppress(OSError):  # ... also where Linux shares the cores among sessions before processes
+            Path("/proc/self/autogroup").write_text("10")
     loaded, options = None, Options(**setup["options"])
     while True:
         job = connection.recv()  # EOFError ends this process, as the parent's end is closed
@@ -1199,8 +1201,8 @@ def plot_classes(models: dict[str, dict[str, dict]], path: str | Path) -> None:
 
 def read_jsonl(path: Path) -> list[dict]:
     """Its complete lines (a run that is still going may be writing one); none if there is no such file."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    *lines, _ = path.read_text().split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines]
 
 
 def read_run(folder: str | Path) -> dict:
