@@ -187,7 +187,7 @@ def classify(text: str, nums: Iterable[int], target: int, rule: Literal["exact",
     answer = plain_arithmetic(answer)
     if not answer:
         return "missing_answer_tags"
-    left, equals, right = answer.rpartition("=") if "=" in answer else (answer, "", "")
+    left, _, right = answer.rpartition("=") if "=" in answer else (answer, "", "")
     failure = "lhs_parse_or_eval_error"
     try:
         expression = Expression(left)
@@ -203,7 +203,7 @@ def classify(text: str, nums: Iterable[int], target: int, rule: Literal["exact",
 
 
 def grade_countdown(text: str, row: Row) -> Grade:
-    nums, target = row.meta["nums"], row.meta["target"]
+    nums, target = [int(n) for n in row.meta["nums"]], int(row.meta["target"])
     return Grade(classify(text, nums, target), {"at_most": classify(text, nums, target, "at_most") == "ok"})
 
 
@@ -214,8 +214,10 @@ MATH_CLASSES = ("ok", "no_answer", "wrong_value")
 NUMBER = r"(?:(?<![\w)])-)?\$?\d+(?:,\d{3})*(?:\.\d+)?"  # 1,234.5; the minus of 16-9 is not a sign
 
 
-def to_number(text: str) -> Fraction:
-    return Fraction(text.replace(",", "").replace("$", ""))
+def last_number(text: str) -> Fraction | None:
+    """The last number of a text; None if there is none, or one of absurd length (Python refuses 4300 digits)."""
+    found = re.findall(NUMBER, text)
+    return Fraction(re.sub(r"[$,]", "", found[-1])) if found and len(found[-1]) < 100 else None
 
 
 def boxed(text: str) -> str | None:
@@ -235,19 +237,20 @@ def grade_gsm8k(text: str, row: Row) -> Grade:
     The two extractions of lm-eval, except that here the flexible one prefers the marked number.
     """
     marked = re.search(rf"####\s*({NUMBER})", text)
-    found = [marked[1]] if marked else re.findall(NUMBER, text)
-    if not found:
+    found = last_number(marked[1] if marked else text)
+    if found is None:
         return Grade("no_answer", {"strict": False})
-    right = to_number(found[-1]) == to_number(re.findall(NUMBER, str(row.answer))[-1])
+    right = found == last_number(str(row.answer))
     return Grade("ok" if right else "wrong_value", {"strict": right and marked is not None})
 
 
 def grade_integer(text: str, row: Row) -> Grade:
-    r"""AIME: an integer in \boxed{}, or without one the last number of the text."""
-    found = re.findall(NUMBER, boxed(text) or "") or re.findall(NUMBER, text)
-    if not found:
+    r"""AIME: the last number in the last \boxed{}, or without one the last of the text, is the integer `answer`."""
+    found = last_number(boxed(text) or "")
+    found = last_number(text) if found is None else found
+    if found is None:
         return Grade("no_answer")
-    return Grade("ok" if to_number(found[-1]) == int(row.answer) else "wrong_value")
+    return Grade("ok" if found == int(row.answer) else "wrong_value")
 
 
 def math_grader() -> str:
@@ -264,10 +267,11 @@ def grade_math(text: str, row: Row) -> Grade:
     """
     gold = row.answer if row.answer is not None else boxed(row.completion or "")
     if math_grader() == "string":
-        found = boxed(text) or (re.findall(NUMBER, text) or [None])[-1]
+        box, number = boxed(text), last_number(text)
+        found = plain_mathematics(box) if box else number
         if found is None:
             return Grade("no_answer")
-        return Grade("ok" if plain_mathematics(found) == plain_mathematics(str(gold)) else "wrong_value")
+        return Grade("ok" if found == plain_mathematics(str(gold)) else "wrong_value")
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("mathematics is graded in the main thread only: use Evaluator, whose child has one")
     from math_verify import parse, verify
@@ -344,9 +348,7 @@ def parse_tasks(tasks: Iterable[str]) -> list[Task]:
     for text in tasks:
         name, _, dataset = text.partition("=")
         if name not in TASKS:
-            raise ValueError(
-                f"there is no task {name!r}: the tasks are {', '.join(TASKS)}, or {next(iter(TASKS))}=FILE"
-            )
+            raise ValueError(f"there is no task {name!r}: the tasks are {', '.join(TASKS)}, each also as NAME=FILE")
         if any(task.name == name for task in found):
             raise ValueError(f"task {name!r} is there twice: results are kept by task, so score the second one apart")
         task = replace(TASKS[name], name=name)
@@ -363,16 +365,13 @@ def few_shot_rows(task: Task) -> list[Row]:
     return list(itertools.islice((row for row in rows if row.completion), task.few_shot))
 
 
-def load_task_rows(
-    task: str | Task, max_samples: int | None = None, seed: int = 0, few_shot: int | None = None
-) -> list[Row]:
+def load_task_rows(task: str | Task, max_samples: int | None = None, seed: int = 0) -> list[Row]:
     """The rows a task asks, with their prompts as they are in the data set (for gold_data.without).
 
     The few-shot examples are not among them. `max_samples` rows are drawn by `seed`, the same ones for every model.
     Raises ValueError if a row lacks what the task needs.
     """
     task = parse_tasks([task])[0] if isinstance(task, str) else task
-    task = replace(task, few_shot=task.few_shot if few_shot is None else few_shot)
     split = task.split
     if task.dataset in gold_data.BUILT_IN and max_samples is not None:
         split = f"{split}[:{max_samples}]"  # as many as one asks for
@@ -396,7 +395,7 @@ def _text_rows(task: Task) -> list[Row]:
     if Path(task.dataset).suffix == ".txt":
         return [Row((), Path(task.dataset).read_text())]
     raws = gold_data.raw_rows(task.dataset, task.subset, task.split)
-    return [Row((), raw["text"]) for raw in raws if raw.get("text")]
+    return [Row((), raw["text"]) for raw in raws if raw["text"]] if "text" in next(iter(raws), {}) else []
 
 
 def task_messages(task: Task, row: Row, examples: list[Row]) -> list[gold_data.Message]:
@@ -434,11 +433,20 @@ class Options:
             )
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are written."""
+
+    n: int  # answers per prompt
+    temperature: float  # 0 is greedy
+    max_new_tokens: int
+    end_ids: tuple[int, ...]
+    seed: int
+
+
 def torch_dtype(dtype: str, device: str) -> torch.dtype:
     auto = "float32" if device.startswith("cpu") else "bfloat16"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-        auto if dtype == "auto" else dtype
-    ]
+    return getattr(torch, auto if dtype == "auto" else dtype)
 
 
 def context_length(config, most: int) -> int:
@@ -475,42 +483,37 @@ class HFEngine:
             model.train(was_training)
             model.generation_config = config
 
-    def generate(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        temperature: float,
-        max_new_tokens: int,
-        ends: tuple[int, ...],
-        seed: int,
-    ) -> list[list[list[int]]]:
-        """n completions per prompt, as ids with the end id if the model wrote one. Longest prompts first.
+    def generate(self, prompts: list[list[int]], how: Decoding) -> list[list[list[int]]]:
+        """how.n answers per prompt, as ids with the end id if the model wrote one; empty where a prompt leaves no room.
 
-        Raises nothing for a prompt that leaves no room: its completions are empty.
+        Prompts of similar length are batched, the longest first; samples depend on the batches and the seed.
         """
         from transformers import GenerationConfig
 
-        out: list[list[list[int]]] = [[[]] * n for _ in prompts]
+        out: list[list[list[int]]] = [[[]] * how.n for _ in prompts]
         fits = sorted((i for i, p in enumerate(prompts) if len(p) < self.limit), key=lambda i: -len(prompts[i]))
-        size = max(1, self.batch_size // n)
+        size = max(1, self.batch_size // how.n)
         for start in progress(range(0, len(fits), size)):
             batch = fits[start : start + size]
             width = len(prompts[batch[0]])
             config = GenerationConfig(
-                **(dict(do_sample=True, temperature=temperature, top_k=0) if temperature else {}),
-                num_return_sequences=n,
-                max_new_tokens=min(max_new_tokens, self.limit - width),
-                eos_token_id=list(ends),
-                pad_token_id=ends[0],
+                **(dict(do_sample=True, temperature=how.temperature, top_k=0) if how.temperature else {}),
+                num_return_sequences=how.n,
+                max_new_tokens=min(how.max_new_tokens, self.limit - width),
+                eos_token_id=list(how.end_ids),
+                pad_token_id=how.end_ids[0],
                 use_cache=True,
             )
+            ids = torch.full((len(batch), width), how.end_ids[0])
+            mask = torch.zeros(len(batch), width, dtype=torch.long)
+            for row, i in enumerate(batch):
+                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[row, width - len(prompts[i]) :] = 1
             with self._scoring() as device:
-                torch.manual_seed(seed * 1_000_003 + start)
-                ids = torch.tensor([[ends[0]] * (width - len(prompts[i])) + prompts[i] for i in batch], device=device)
-                mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in (prompts[i] for i in batch)])
-                answers = self.model.generate(ids, attention_mask=mask.to(device), generation_config=config)
-            for i, group in zip(batch, answers[:, width:].reshape(len(batch), n, -1).tolist()):
-                out[i] = [until(answer, ends) for answer in group]
+                torch.manual_seed(how.seed * 1_000_003 + start)
+                answers = self.model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
+            for i, group in zip(batch, answers[:, width:].reshape(len(batch), how.n, -1).tolist()):
+                out[i] = [until(answer, how.end_ids) for answer in group]
         return out
 
     def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
@@ -569,28 +572,20 @@ class VLLMEngine:
         if not self.llm.reset_prefix_cache():  # else shared prompts would be read with the old weights
             raise RuntimeError("vLLM kept its prefix cache: a request is still running")
 
-    def generate(
-        self,
-        prompts: list[list[int]],
-        n: int,
-        temperature: float,
-        max_new_tokens: int,
-        ends: tuple[int, ...],
-        seed: int,
-    ) -> list[list[list[int]]]:
+    def generate(self, prompts: list[list[int]], how: Decoding) -> list[list[list[int]]]:
         """As HFEngine.generate; a sample depends on its prompt's position and the seed, not on the batch."""
         from vllm import SamplingParams
 
-        out: list[list[list[int]]] = [[[]] * n for _ in prompts]
+        out: list[list[list[int]]] = [[[]] * how.n for _ in prompts]
         fits = [i for i, p in enumerate(prompts) if len(p) < self.limit]
         params = [
             SamplingParams(
-                n=n,
-                temperature=temperature,
-                max_tokens=min(max_new_tokens, self.limit - len(prompts[i])),
-                stop_token_ids=list(ends),
+                n=how.n,
+                temperature=how.temperature,
+                max_tokens=min(how.max_new_tokens, self.limit - len(prompts[i])),
+                stop_token_ids=list(how.end_ids),
                 detokenize=False,
-                seed=seed * 1_000_003 + i,
+                seed=how.seed * 1_000_003 + i,
             )
             for i in fits
         ]
@@ -622,16 +617,16 @@ def open_engine(model_dir: str, device: str, options: Options, empty: bool = Fal
     if empty:
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir), dtype=dtype)
-        if (Path(model_dir) / "generation_config.json").exists():
+        with contextlib.suppress(OSError):  # not every model has one
             model.generation_config = GenerationConfig.from_pretrained(model_dir)
     else:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
     return HFEngine(model.to(device).eval(), options.batch_size, options.max_length), tokenizer
 
 
-def until(ids: list[int], ends: tuple[int, ...]) -> list[int]:
+def until(ids: list[int], end_ids: tuple[int, ...]) -> list[int]:
     """The ids up to the first end id, with it."""
-    return ids[: next((i for i, token in enumerate(ids, 1) if token in ends), len(ids))]
+    return ids[: next((i for i, token in enumerate(ids, 1) if token in end_ids), len(ids))]
 
 
 def progress(steps: range) -> Iterable[int]:
@@ -673,15 +668,11 @@ def evaluate(model, tokenizer, tasks: Iterable[str], save_to: str | Path | None 
 
 def accuracy(engine, tokenizer, task: Task, options: Options) -> tuple[dict, list[dict]]:
     """(result, answers) of a task with a grader. Counts are over all answers; `se` is over questions."""
-    rows, examples, k = (
-        load_task_rows(task, options.max_samples, options.seed),
-        few_shot_rows(task),
-        options.num_samples,
-    )
+    rows, examples = load_task_rows(task, options.max_samples, options.seed), few_shot_rows(task)
     prompts = [gold_data.encode_prompt(tokenizer, task_messages(task, row, examples)) for row in rows]
-    ends = gold_data.end_ids(tokenizer, engine.end_ids)
+    k, ends = options.num_samples, gold_data.end_ids(tokenizer, engine.end_ids)
     limit = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
-    completions = engine.generate(prompts, k, options.temperature, limit, ends, options.seed)
+    completions = engine.generate(prompts, Decoding(k, options.temperature, limit, ends, options.seed))
     classes, also, answers = Counter(dict.fromkeys(task.classes, 0)), Counter(), []
     for row, prompt, group in zip(rows, prompts, completions):
         for ids in group:
@@ -730,6 +721,7 @@ def windows(ids: list[int], prefix: int, length: int) -> Iterator[tuple[list[int
     """(sequence, count): count tokens at the end of each sequence are scored, every id once, as lm-eval does it.
 
     The model reads all but the last token of a sequence, at most `length`; the first id is predicted from `prefix`.
+    On a text of 120,317 bytes the bits per byte were those of lm-eval 0.4.13 to 7e-9 (float32, two tokenizers).
     """
     ids = [prefix, *ids]
     for start in range(1, len(ids), length):
@@ -755,39 +747,35 @@ def perplexity(engine, tokenizer, task: Task, options: Options) -> tuple[dict, l
         context = f"Question: {asked}\nAnswer:" if row.prompt else ""
         answer = f" {row.completion}" if row.prompt else row.completion
         ids, before = encode(context + answer), len(encode(context))
-        num_bytes = [len((context + answer).encode()), len(answer.encode())]
-        totals.append({"nll": 0.0, "tokens": len(ids), "bytes": num_bytes[0]})
-        totals[-1] |= {"answer_nll": 0.0, "answer_tokens": len(ids) - before, "answer_bytes": num_bytes[1]}
+        totals.append({"tokens": len(ids), "bytes": len((context + answer).encode())})
+        totals[-1] |= {"answer_tokens": len(ids) - before, "answer_bytes": len(answer.encode())}
         stream += [*ids, eos]
         for sequence, count in windows(ids, prefix, engine.window):
             sequences.append(sequence)
             owners.append((number, count))
-    left = {number: total["tokens"] for number, total in enumerate(totals)}
-    for (number, count), logprobs in zip(owners, engine.score(sequences)):
-        scored = logprobs[len(logprobs) - count :]
-        total = totals[number]
-        total["nll"] -= float(scored.sum())
-        answer_from = max(0, left[number] - total["answer_tokens"])  # of these tokens, where the answer begins
-        total["answer_nll"] -= float(scored[answer_from:].sum())
-        left[number] -= count
     if not sequences:
         raise ValueError(f"task {task.name}: {task.dataset} holds no text")
-    nll, tokens, size = (np.array([total[key] for total in totals]) for key in ("nll", "tokens", "bytes"))
-    rate = float(nll.sum() / size.sum())  # nats per byte
+    scored = [[np.zeros(0)] for _ in rows]
+    for (number, count), logprobs in zip(owners, engine.score(sequences)):
+        scored[number].append(logprobs[len(logprobs) - count :])
+    for total, parts in zip(totals, scored):
+        logprobs = np.concatenate(parts)  # of every token of the row
+        total["nll"] = -float(logprobs.sum())
+        total["answer_nll"] = -float(logprobs[len(logprobs) - total["answer_tokens"] :].sum())
+    sums = {key: sum(total[key] for total in totals) for key in totals[0]}
+    rate = sums["nll"] / sums["bytes"]  # nats per byte
+    spread = math.sqrt(sum((total["nll"] - rate * total["bytes"]) ** 2 for total in totals))  # of a ratio of two sums
     result = {
         "n": len(rows),
-        "tokens": int(tokens.sum()),
-        "bytes": int(size.sum()),
-        "perplexity": math.exp(nll.sum() / tokens.sum()),
+        "tokens": sums["tokens"],
+        "bytes": sums["bytes"],
+        "perplexity": math.exp(sums["nll"] / sums["tokens"]),
         "bits_per_byte": rate / math.log(2),
-        "se": float(np.sqrt(((nll - rate * size) ** 2).sum()) / size.sum() / math.log(2)),
+        "se": spread / sums["bytes"] / math.log(2),
     }
     if rows[0].prompt:
-        answer_nll, answer_tokens, answer_bytes = (
-            sum(total[f"answer_{key}"] for total in totals) for key in ("nll", "tokens", "bytes")
-        )
-        result["answer_perplexity"] = math.exp(answer_nll / answer_tokens)
-        result["answer_bits_per_byte"] = answer_nll / answer_bytes / math.log(2)
+        result["answer_perplexity"] = math.exp(sums["answer_nll"] / sums["answer_tokens"])
+        result["answer_bits_per_byte"] = sums["answer_nll"] / sums["answer_bytes"] / math.log(2)
     body = min(options.wrap, engine.window) - 2
     chunks = [[prefix, *stream[i : i + body], eos] for i in range(0, len(stream) - body + 1, body)]
     if chunks:
@@ -904,11 +892,10 @@ class Evaluator:
         self.closed, self.close_by, self.cut_short, self.disabled = False, math.inf, False, ""
         self.child: subprocess.Popen | None = None
         self.child_model = ""
-        self.pass_fds: tuple[int, ...] = ()
-        self.weights_file = str(self.output_dir / ".weights.pt")
-        if hasattr(os, "memfd_create"):  # Linux
-            self.pass_fds = (os.memfd_create("gold_eval"),)
-            self.weights_file = f"/proc/self/fd/{self.pass_fds[0]}"
+        self.memory = os.memfd_create("gold_eval") if hasattr(os, "memfd_create") else None  # Linux has it
+        self.weights_file = str(
+            self.output_dir / ".weights.pt" if self.memory is None else f"/proc/self/fd/{self.memory}"
+        )
         self.thread = threading.Thread(target=self._supervise, name="evaluator", daemon=True)
         self.thread.start()
 
@@ -916,9 +903,8 @@ class Evaluator:
 
     def submit(self, step: int, state_dict: dict[str, Tensor], final: bool = False) -> None:
         """Have these weights scored. They are copied here and now, so the caller may train on at once."""
-        weights = (
-            {} if self.disabled or self.closed else snapshot(state_dict, torch_dtype(self.options.dtype, self.device))
-        )
+        dtype = torch_dtype(self.options.dtype, self.device)
+        weights = {} if self.disabled or self.closed else snapshot(state_dict, dtype)
         self._enqueue(Job("student", step, self.model_dir, weights, keep=final or step == 0))
 
     def submit_model(self, name: str, model_dir: str | Path) -> None:
@@ -956,9 +942,10 @@ class Evaluator:
             self.close_by = math.inf if timeout is None else time.monotonic() + timeout
             self.changed.notify_all()
         self.thread.join()
-        for fd in self.pass_fds:
-            os.close(fd)
-        self.pass_fds = ()
+        if self.memory is not None:
+            os.close(self.memory)
+            self.memory = None
+        (self.output_dir / ".weights.pt").unlink(missing_ok=True)
         return not self.cut_short
 
     def summary(self) -> str:
@@ -977,9 +964,10 @@ class Evaluator:
         record |= {"results": results or {}} | ({"error": error} if error else {})
         with self.changed:
             self.counts[status] += 1
-            with open(self.output_dir / "eval.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
             self.records.put(record)
+            with contextlib.suppress(OSError):  # a full disk must not end the thread that owes further answers
+                with open(self.output_dir / "eval.jsonl", "a") as file:
+                    file.write(json.dumps(record) + "\n")
         if status not in ("ok", "dropped"):
             print(f"eval: {job.name} step {job.step}: {status}: {error}", file=sys.stderr, flush=True)
 
@@ -992,10 +980,8 @@ class Evaluator:
             try:
                 answer = self._ask(job, start)
             except (EOFError, ConnectionError):  # the other end of the pipe is closed: the child is dead
-                answer = {
-                    "status": "crashed",
-                    "error": f"exit code {self.child.wait()}, see {self.output_dir}/eval.log",
-                }
+                code = self.child.wait()
+                answer = {"status": "crashed", "error": f"exit code {code}, see {self.output_dir}/eval.log"}
             except Exception:  # noqa: BLE001 - whatever went wrong here is this job's record, not the end of training
                 answer = {"status": "error", "error": traceback.format_exc()}
             failed = answer["status"] != "ok"
@@ -1027,7 +1013,7 @@ class Evaluator:
         if empty:
             torch.save(job.weights, self.weights_file)  # a tied head is written once; no lock is held while it writes
             job.weights = None
-        name = job.name if job.step is None else f"step-{job.step:06d}"
+        name = re.sub(r"[^\w.-]+", "_", job.name) if job.step is None else f"step-{job.step:06d}"
         self.connection.send({"save_to": str(self.output_dir / "completions" / name)})
         while not self.connection.poll(0.1):
             waited, now = time.monotonic() - start, time.monotonic()
@@ -1049,7 +1035,7 @@ class Evaluator:
                 stdin=subprocess.DEVNULL,
                 stdout=None if self.echo else log,
                 stderr=None if self.echo else log,
-                pass_fds=(theirs.fileno(), *self.pass_fds),
+                pass_fds=[fd for fd in (theirs.fileno(), self.memory) if fd is not None],
                 start_new_session=True,  # what it starts is killed with it, and Ctrl-C is ours to handle
             )
         theirs.close()  # so that its death closes the pipe
@@ -1076,7 +1062,7 @@ def snapshot(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
         if key not in copies:
             kind = dtype if value.is_floating_point() else value.dtype
             copies[key] = torch.empty(value.shape, dtype=kind, pin_memory=value.is_cuda)  # pinned: full bus speed
-            copies[key].copy_(value.to(kind), non_blocking=True)
+            copies[key].copy_(value.to(kind), non_blocking=value.is_cuda)
         weights[name.replace("_orig_mod.", "").removeprefix("module.")] = copies[key]
     if any(copy.is_pinned() for copy in copies.values()):
         torch.cuda.synchronize()
@@ -1085,9 +1071,7 @@ def snapshot(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
 
 def child_env(device: str, engine: str) -> dict[str, str]:
     """The environment of the child: one GPU or none, and no trace of torchrun. Raises ValueError for a missing GPU."""
-    torchrun = re.compile(
-        r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*)$"
-    )
+    torchrun = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)$")
     env = {name: value for name, value in os.environ.items() if not torchrun.match(name)}
     if device.startswith("cpu"):
         env["CUDA_VISIBLE_DEVICES"] = ""
@@ -1179,11 +1163,8 @@ def plot_classes(models: dict[str, dict[str, dict]], path: str | Path) -> None:
     """Bar chart (PNG) of what became of the answers: a panel per task, a group per class, a bar per model."""
     from matplotlib.figure import Figure
 
-    tasks = [
-        t
-        for t in dict.fromkeys(t for r in models.values() for t in r)
-        if any("classes" in r.get(t, {}) for r in models.values())
-    ]
+    graded = (task for results in models.values() for task, result in results.items() if "classes" in result)
+    tasks = list(dict.fromkeys(graded))
     figure = Figure(figsize=(11, 3.6 * max(1, len(tasks))), layout="constrained")
     for axes, task in zip(np.atleast_1d(figure.subplots(max(1, len(tasks)))), tasks):
         found = {model: results[task]["classes"] for model, results in models.items() if task in results}
@@ -1242,9 +1223,8 @@ def plot_runs(folders: Iterable[str | Path], path: str | Path, metric: str | Non
                 points = sorted(run.get(key, {}).items())
                 if over == "tokens":
                     points = [(run["tokens"][step], value) for step, value in points if step in run["tokens"]]
-                axes.plot(
-                    *zip(*points), marker="o" if key == metric else None, ms=3, label=run_name
-                ) if points else None
+                xs, ys = zip(*points) if points else ((), ())
+                axes.plot(xs, ys, marker="o" if key == metric else None, ms=3, label=run_name)
             axes.set(xlabel=over, ylabel=name)
             axes.grid(alpha=0.3)
             axes.legend()
@@ -1256,7 +1236,7 @@ def plot_runs(folders: Iterable[str | Path], path: str | Path, metric: str | Non
 
 
 @dataclass(frozen=True)
-class Config(Options):
+class Config:
     """Score models on tasks and print a table, or draw the curves of training runs."""
 
     model: tuple[str, ...] = ()  # directories or Hub ids of the models to score, a line of the table each
@@ -1267,20 +1247,24 @@ class Config(Options):
     plot: bool = False  # also draw a bar chart of what became of the answers
     device: str = "auto"  # cpu, cuda:0, ...; auto is the first GPU if there is one
     timeout: float | None = None  # seconds per model; None waits for ever
+    scoring: tyro.conf.OmitArgPrefixes[Options] = Options()  # equal options and weights give equal numbers
 
 
 def main(config: Config) -> int:
     """Returns the exit code: 1 if a model could not be scored."""
+    if not config.model and not config.runs:
+        raise ValueError("nothing to do: name a model with --model, or training runs with --runs")
+    for model in config.model:  # a Hub id has at most one slash, in the middle
+        if not Path(model).exists() and (model.count("/") > 1 or model[0] in "./~"):
+            raise FileNotFoundError(f"there is no model directory {model}")
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     if config.runs:
+        out.mkdir(parents=True, exist_ok=True)
         plot_runs(config.runs, out / "runs.png", config.metric)
         print(f"curves of {len(config.runs)} runs in {out / 'runs.png'}")
         return 0
-    if not config.model:
-        raise ValueError("nothing to do: name a model with --model, or training runs with --runs")
     device = ("cuda:0" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(Options)}
+    options = asdict(config.scoring)
     evaluator = Evaluator("", config.tasks, out, device, timeout=config.timeout, echo=True, **options)
     short = [Path(model).name for model in config.model]
     names = short if len(set(short)) == len(short) else list(config.model)

@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -354,6 +355,29 @@ def test_aime_compares_integers(text, answer, reason):
     assert gold_eval.grade_integer(text, Row((), answer=answer)).reason == reason
 
 
+@pytest.mark.parametrize("grade", [gold_eval.grade_gsm8k, gold_eval.grade_integer, gold_eval.grade_math])
+@pytest.mark.parametrize("kind", ["string", "math-verify"])
+def test_no_text_makes_a_grader_of_mathematics_raise(grade, kind, monkeypatch):
+    if kind == "math-verify":
+        pytest.importorskip("math_verify")
+    monkeypatch.setattr(gold_eval, "math_grader", lambda: kind)
+    rng = random.Random(2)
+    pieces = list("0123456789+-*/()=. \n{}$\\,^x%") + [
+        "\\boxed{",
+        "\\frac{",
+        "#### ",
+        "\\text{",
+        "٣",
+        "²",
+        "1,000",
+        "\ud800",
+    ]
+    texts = ["".join(rng.choice(pieces) for _ in range(rng.randrange(40))) for _ in range(60)]
+    texts += ["9" * 5000, "#### " + "9" * 5000, "\\boxed{" + "9" * 5000 + "}", "\\boxed{\\frac{1}{0}}", "\\boxed{"]
+    for text in texts:
+        assert grade(text, Row((), answer="7")).reason in gold_eval.MATH_CLASSES
+
+
 def test_the_last_box_is_read_with_balanced_braces():
     assert boxed("\\boxed{1} then \\boxed{\\frac{1}{2}} .") == "\\frac{1}{2}"
     assert boxed("none") is None and boxed("\\boxed{1") is None and boxed("\\boxed{}") == ""
@@ -442,7 +466,7 @@ def test_a_task_reads_a_local_file_of_the_same_schema(tmp_path):
     rows = gold_eval.load_task_rows(task)
     assert (task.name, task.dataset) == ("gsm8k", path)
     assert [row.answer for row in rows] == ["6", "7", "8", "9"]  # the first five rows are the examples
-    assert len(gold_eval.load_task_rows(task, few_shot=0)) == 9
+    assert len(gold_eval.load_task_rows(replace(task, few_shot=0))) == 9
 
 
 def test_few_shot_examples_are_turns_before_the_question_and_never_the_question(tmp_path):
