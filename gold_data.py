@@ -10,8 +10,10 @@ This file knows nothing about logits, models, lmbda, vLLM, or ranks.
 """
 
 import json
+import math
 import random
 import re
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -144,6 +146,11 @@ def raw_rows(dataset: str, subset: str | None = None, split: str = "train", stre
         return _sliced(saved, match, streaming)
     if path.is_absolute() and not path.exists():
         raise FileNotFoundError(f"data set {dataset} does not exist")
+    # a file per split: the library would read train.jsonl and train_1M.jsonl as one split "train"
+    files = {f.stem: f for f in path.glob("*") if f.suffix in (".jsonl", ".json", ".parquet")}
+    named = subset if subset in files and match[1] == "train" else match[1]
+    if named in files and (subset is None or subset in files):
+        return raw_rows(str(files[named]), None, split, streaming)
     try:
         configs = datasets.get_dataset_config_names(dataset)
     except Exception as e:  # the Hub client raises a different class for each way of not finding something
@@ -152,7 +159,11 @@ def raw_rows(dataset: str, subset: str | None = None, split: str = "train", stre
             f"nor reachable on the Hub: {e}"
         ) from e
     name = subset if subset in configs else None
-    splits = datasets.get_dataset_split_names(dataset, name or (configs[0] if len(configs) == 1 else None))
+    if name is None and len(configs) > 1:
+        if subset is not None or "default" not in configs:
+            raise ValueError(f"{dataset} has the subsets {configs}: choose one of them, not {subset}")
+        name = "default"
+    splits = datasets.get_dataset_split_names(dataset, name or configs[0])
     if subset is not None and name is None:
         if subset not in splits or match[1] != "train":
             raise ValueError(f"{dataset} has no subset {subset!r}: its subsets are {configs}, its splits {splits}")
@@ -186,7 +197,7 @@ def _jsonl(path: Path) -> list[dict]:
         except json.JSONDecodeError as e:
             raise ValueError(f"{path} is not valid JSON: {e}") from e
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut at U+2028
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -303,38 +314,53 @@ def _combine(a: tuple[int, str, int], b: tuple[int, str, int], op: str) -> tuple
     return int(value), f"{left} {op} {right}", strength
 
 
+def mini_puzzle(rng: random.Random) -> dict:
+    """Three numbers up to 20, + and - only, with the reasoning that solves it: what tiny models learn on a CPU.
+
+    All numbers together are too much by twice the sum of those that must be subtracted.
+    """
+    nums = [rng.randint(1, 20) for _ in range(3)]
+    signs = [rng.choice((1, -1)) for _ in nums]
+    target, total = sum(s * n for s, n in zip(signs, nums)), sum(nums)
+    if target <= 0:
+        return mini_puzzle(rng)
+    solution = " + ".join(str(n) for s, n in zip(signs, nums) if s > 0)
+    solution += "".join(f" - {n}" for s, n in zip(signs, nums) if s < 0)
+    a, b, c = nums
+    think = f"{a} + {b} = {a + b} + {c} = {total} - {target} = {total - target} / 2 = {(total - target) // 2}"
+    return {"nums": nums, "target": target, "solution": solution, "think": think}
+
+
 def make_countdown(n: int, seed: int = 0, mini: bool = False, test: bool = False, **rule) -> list[dict]:
     """n different puzzles as rows with prompt, completion, nums and target.
 
-    Every puzzle belongs to train or test by a hash of its numbers and target, so the two never meet whatever the seeds.
+    Every puzzle belongs to train or test by a hash of its numbers, in any order, and target: the two never meet,
+    whatever the seeds.
 
     Args:
-        mini: three numbers up to 20, + and -, a one-line prompt and a bare answer: what tiny models learn on a CPU.
+        mini: `mini_puzzle` with a one-line prompt instead of the published game.
         rule: overrides of countdown_puzzle's `numbers`, `top`, `operations`, `top_target`.
     Raises ValueError if the rule does not allow n different puzzles.
     """
-    default = dict(numbers=(3, 3), top=20, operations="+-", top_target=60)
-    if not mini:
-        default = dict(numbers=(3, 4), top=99, operations="+-*/", top_target=100)
+    rule = {"numbers": (3, 4), "top": 99, "operations": "+-*/", "top_target": 100} | rule
     rng, rows, seen, misses = random.Random(f"countdown {seed} {test}"), [], set(), 0
     while len(rows) < n:
-        puzzle = countdown_puzzle(rng, **(default | rule))
-        key = (*sorted(puzzle["nums"]), puzzle["target"])
-        if key in seen or (sum(p * k for p, k in zip((7919, 104729, 1299709, 15485863, 31), key)) % 10 == 0) != test:
+        puzzle = mini_puzzle(rng) if mini else countdown_puzzle(rng, **rule)
+        nums, target, solution = puzzle["nums"], puzzle["target"], puzzle["solution"]
+        in_test = zlib.crc32(str((*sorted(nums), target)).encode()) % 10 == 0
+        if in_test != test or (*nums, target) in seen:
             misses += 1
-            if misses > 100_000:
+            if misses > 10_000:
                 raise ValueError(f"only {len(rows)} different puzzles found, {n} wanted: allow more or larger numbers")
             continue
-        seen.add(key)
+        seen.add((*nums, target))
         misses = 0
-        answer = f"<answer> {puzzle['solution']} = {puzzle['target']} </answer>"
+        prompt = countdown_prompt(nums, target)
         if mini:
-            user = MINI_USER.format(target=puzzle["target"], nums=", ".join(map(str, puzzle["nums"])))
-            prompt, completion = [{"role": "user", "content": user}], answer
-        else:
-            prompt = countdown_prompt(puzzle["nums"], puzzle["target"])
-            completion = f"<think> {puzzle['solution']} = {puzzle['target']} </think>\n{answer}"
-        rows.append({"prompt": prompt, "completion": completion, "nums": puzzle["nums"], "target": puzzle["target"]})
+            prompt = [{"role": "user", "content": MINI_USER.format(target=target, nums=", ".join(map(str, nums)))}]
+        think = puzzle.get("think", f"{solution} = {target}")
+        completion = f"<think> {think} </think>\n<answer> {solution} = {target} </answer>"
+        rows.append({"prompt": prompt, "completion": completion, "nums": nums, "target": target})
     return rows
 
 
@@ -868,7 +894,6 @@ class Sample:
     finished: bool
     on_policy: bool
     teacher_prompt_ids: list[int] = field(default_factory=list)
-    teacher_completion_ids: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None  # of completion_ids, by the sampler
     version: int = -1  # step of the weights that sampled it
     row: int = -1
@@ -891,6 +916,7 @@ class Batch:
     student_sample: Tensor  # (C,) which of the B samples
     scored: Tensor  # (N,) those of the C rows that the distillation loss scores
     on_policy: Tensor  # (B,) bool
+    sampler_logprobs: Tensor  # (C,) what the sampler said, nan off-policy
     teacher_ids: Tensor | None = None  # (B, S)
     teacher_mask: Tensor | None = None  # (B, S)
     teacher_rows: Tensor | None = None  # (N',)
@@ -936,6 +962,7 @@ def collate(samples: list[Sample], with_teacher: bool = True) -> Batch:
         student_sample=torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts)),
         scored=torch.cat([a + torch.arange(s.num_tokens) for a, s in zip(starts, samples)]),
         on_policy=torch.tensor([s.on_policy for s in samples]),
+        sampler_logprobs=torch.tensor([x for s in samples for x in s.logprobs or [math.nan] * len(s.completion_ids)]),
     )
     if not with_teacher:
         return batch

@@ -25,7 +25,7 @@ Letters    N scored rows    V, U student and teacher vocabulary    H, D student 
 3. Two tokenizers. Let o_0 < o_1 < .. be the byte offsets of a model's own token ends (its boundaries), L_j its log
    probability of the first j tokens and p_j its next-token law there. Then
 
-       F(k) = P(text starts with x_1..x_k) = sum over boundaries o_j < k of exp(L_j) p_j(tokens that start with x_{o_j+1}..x_k)
+       F(k) = P(text starts with x_1..x_k) = sum over o_j < k of exp(L_j) p_j(tokens that start with x_{o_j+1}..x_k)
 
    is a probability of *text*: it means the same for every tokenizer. `prefix_loss` compares both models' laws of the
    next byte (and of the end of the text) given the text so far, which are ratios of such sums. The other losses compare
@@ -52,11 +52,16 @@ CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}  # size of one (rows, vocabulary)
 
 
 class Loss(NamedTuple):
-    """`total`: scalar with gradient, the sum of `values` (detached). `stats`: detached per-row extras for logging."""
+    """A sum with a gradient, what it sums, and what is worth logging; everything but `total` is detached.
+
+    stats: {"entropy", "logprob"} (n,) of the student's law at temperature 1 and of the token that was drawn from it,
+    at student rows `rows` (None: every row in order), and more per loss.
+    """
 
     total: Tensor
     values: Tensor
     stats: dict[str, Tensor]
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Head:
     softcap: float | None = None  # Gemma's final_logit_softcapping
 
     def first(self, rows: int) -> "Head":
-        """The head of the first `rows` vocabulary entries: two paddings (151936, 152064) of one vocabulary compare there."""
+        """The head of the first `rows` entries: there two paddings (151936, 152064) of one vocabulary are compared."""
         if rows == self.weight.size(0):
             return self
         return Head(self.weight[:rows], None if self.bias is None else self.bias[:rows], self.scale, self.softcap)
@@ -230,6 +235,16 @@ class _RowLoss(torch.autograd.Function):
         return (None,) * 6 + tuple(None if g is None else g * d_total for g in ctx.saved_tensors)
 
 
+def _law_stats(logq: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
+    logq = logq.detach()
+    stats = {"entropy": -torch.linalg.vecdot(logq.exp(), logq)}
+    return stats if ids is None else stats | {"logprob": logq.gather(1, ids[:, None])[:, 0]}
+
+
+def _tempered(logq: Tensor, temperature: float) -> Tensor:
+    return logq if temperature == 1.0 else F.log_softmax(logq / temperature, dim=-1)
+
+
 def _row_loss(
     row_fn: Callable,
     hidden: Tensor,
@@ -238,16 +253,17 @@ def _row_loss(
     teacher_head: Head | None = None,
     extra: Tensor | None = None,
     chunk: int | None = None,
+    rows: Tensor | None = None,
 ) -> Loss:
     stats: dict[str, Tensor] = {}
     total, values = _RowLoss.apply(
         row_fn, stats, chunk, head, teacher_hidden, teacher_head, hidden, head.weight, head.bias, extra
     )
-    return Loss(total, values, stats)
+    return Loss(total, values, stats, rows)
 
 
 def _by_autograd(fn: Callable) -> Callable:
-    """Row function for `_RowLoss` from fn(z, teacher_z, extra, rows) -> (values, stats), differentiated in the chunk."""
+    """Row function for `_RowLoss` from fn(z, teacher_z, extra, rows) -> (values, stats), by autograd in the chunk."""
 
     def row_fn(z, teacher_z, extra, rows, want_grad):
         with torch.set_grad_enabled(want_grad):
@@ -321,29 +337,23 @@ def token_logprobs(side: Side, chunk: int | None = None) -> tuple[Tensor, Tensor
 # one vocabulary
 
 
-def fused_jsd(
-    student: Side,
-    teacher: Side,
-    beta: float,
-    scale: str = "kl",
-    chunk: int | None = None,
-) -> Loss:
+def fused_jsd(student: Side, teacher: Side, beta: float, scale: str = "kl", chunk: int | None = None) -> Loss:
     """Sum of `jsd` over rows, from hidden states: no (N, V) tensor in either direction.
 
     Args:
-        student, teacher: rows that predict the same tokens; `ids` and `span` are not read. Unequal numbers of
-            vocabulary rows are compared on the common first ones. Gradients flow to student.hidden and its head.
+        student, teacher: rows that predict the same tokens. Unequal numbers of vocabulary rows are compared on the
+            common first ones. Gradients flow to student.hidden and its head.
         chunk: rows at a time; None fits CHUNK_ELEMENTS.
-    Returns: Loss with values (N,) and stats {"entropy": student entropy (N,)}.
+    Returns: Loss with values (N,).
     """
     factor = scale_factor(beta, scale)
     common = min(student.head.weight.size(0), teacher.head.weight.size(0))
 
     def row_fn(z, teacher_z, extra, rows, want_grad):
-        logq = F.log_softmax(z.div_(student.temperature), dim=-1)
+        logq = F.log_softmax(z, dim=-1)
+        stats = _law_stats(logq, None if student.ids is None else student.ids[rows])
         logp = F.log_softmax(teacher_z.div_(teacher.temperature), dim=-1)
-        terms, q, qh = _terms(logp, logq, beta)
-        stats = {"entropy": -torch.linalg.vecdot(q, logq)}
+        terms, q, qh = _terms(logp, _tempered(logq, student.temperature), beta)
         dz = None
         if want_grad:
             dz = qh.sub_(q.mul_(qh.sum(-1, keepdim=True))).mul_(factor / student.temperature)
@@ -355,16 +365,14 @@ def fused_jsd(
 
 
 def fused_cross_entropy(student: Side, chunk: int | None = None) -> Loss:
-    """Sum of -log P(ids) over rows, from hidden states, in one pass. Stats: student entropy."""
+    """Sum of -log P(ids) over rows, from hidden states, in one pass."""
 
     def row_fn(z, teacher_z, extra, rows, want_grad):
         logq = F.log_softmax(z, dim=-1)
         ids = student.ids[rows, None]
-        values = -logq.gather(1, ids)[:, 0]
-        q = logq.exp()
-        stats = {"entropy": -torch.linalg.vecdot(q, logq)}
-        dz = q.scatter_add_(1, ids, torch.full_like(q[:, :1], -1.0)) if want_grad else None
-        return values, dz, None, stats
+        stats = _law_stats(logq, student.ids[rows])
+        dz = logq.exp().scatter_add_(1, ids, torch.full_like(logq[:, :1], -1.0)) if want_grad else None
+        return -stats["logprob"], dz, None, stats
 
     return _row_loss(row_fn, student.hidden, student.head, chunk=chunk)
 
@@ -396,12 +404,12 @@ def topk_jsd(
 def fused_topk_jsd(
     student: Side, ids: Tensor, teacher_logprobs: Tensor, beta: float, scale: str = "kl", chunk: int | None = None
 ) -> Loss:
-    """Sum of `topk_jsd` over rows from hidden states. Stats: teacher_mass, student_mass, entropy."""
+    """Sum of `topk_jsd` over rows from hidden states. More stats: teacher_mass, student_mass."""
 
     def fn(z, teacher_z, extra, rows):
-        values, stats = topk_jsd(z / student.temperature, ids[rows], teacher_logprobs[rows], beta, scale)
-        logq = F.log_softmax(z.detach(), dim=-1)
-        return values, stats | {"entropy": -(logq.exp() * logq).sum(-1)}
+        logq = F.log_softmax(z, dim=-1)
+        values, stats = topk_jsd(logq / student.temperature, ids[rows], teacher_logprobs[rows], beta, scale)
+        return values, stats | _law_stats(logq, None if student.ids is None else student.ids[rows])
 
     return _row_loss(_by_autograd(fn), student.hidden, student.head, chunk=chunk)
 
@@ -495,7 +503,7 @@ def bins_loss(
     vocabularies this is `jsd`.
 
     Args: student_bin (V,), teacher_bin (U,): bin of each token id (gold_data.shared_bins).
-    Returns: Loss with values (G,) and stats {"entropy": (G,)} of the student at span starts.
+    Returns: Loss with values (G,).
     """
     (first_s, last_s), (first_t, last_t) = _span_ends(student.span), _span_ends(teacher.span)
     num_spans = first_s.numel()
@@ -508,42 +516,43 @@ def bins_loss(
     with torch.no_grad():
         span_t = _span_logprobs(teacher, num_spans, wanted, chunk)
 
-    def coarse(z, bins, span_logp, own_bin, wanted):
-        law = torch.softmax(z, dim=-1)
+    def coarse(logs, bins, span_logp, own_bin, wanted):
+        law = logs.exp()
         law = law.new_zeros(law.size(0), num_bins).scatter_add(1, bins.expand_as(law), law)
         span_p = torch.where(wanted, span_logp.exp(), 0.0).to(law.dtype)[:, None]
         law = law.scatter_add(1, own_bin[:, None], -span_p).clamp_min(0.0)
         return torch.cat([law, span_p], 1).clamp_min(1e-30).log()
 
     def fn(z, teacher_z, extra, rows):
-        z = z / student.temperature
-        logq = coarse(z, student_bin, extra[:, 0], bin_s[rows], wanted[rows])
-        logp = coarse(teacher_z / teacher.temperature, teacher_bin, extra[:, 1].detach(), bin_t[rows], wanted[rows])
-        logz = F.log_softmax(z.detach(), dim=-1)
-        return divergence(logp, logq, beta, scale).sum(-1), {"entropy": -(logz.exp() * logz).sum(-1)}
+        logz = F.log_softmax(z, dim=-1)
+        logy = F.log_softmax(teacher_z / teacher.temperature, dim=-1)
+        logq = coarse(_tempered(logz, student.temperature), student_bin, extra[:, 0], bin_s[rows], wanted[rows])
+        logp = coarse(logy, teacher_bin, extra[:, 1].detach(), bin_t[rows], wanted[rows])
+        return divergence(logp, logq, beta, scale).sum(-1), _law_stats(logz, student.ids[first_s[rows]])
 
     extra = torch.stack([span_s, span_t], 1)
-    return _row_loss(
-        _by_autograd(fn), student.hidden[first_s], student.head, teacher.hidden[first_t], teacher.head, extra, chunk
-    )
+    hidden, teacher_hidden = student.hidden[first_s], teacher.hidden[first_t]
+    return _row_loss(_by_autograd(fn), hidden, student.head, teacher_hidden, teacher.head, extra, chunk, first_s)
 
 
-def alm_loss(student: Side, teacher: Side, chunk: int | None = None) -> Loss:
-    """Approximate likelihood matching (Minixhofer et al. 2025, arXiv 2503.20083) of span probabilities, tau -> infinity.
+def alm_loss(student: Side, teacher_logprobs: Tensor, teacher_span: Tensor, chunk: int | None = None) -> Loss:
+    """Approximate likelihood matching of spans (Minixhofer et al. 2025, arXiv 2503.20083) in the limit tau -> infinity.
 
     With a, b = -log P(span) of teacher and student, tau KL(Bernoulli(e^{-a/tau}) || Bernoulli(e^{-b/tau})) tends to
-    a log(a/b) - a + b. Returns Loss with values (G,) and stats {"entropy": (N,)}.
+    a log(a/b) - a + b. The teacher's own token probabilities are all it needs: a served teacher has them.
+
+    Args: teacher_logprobs (N',), teacher_span (N',): of the teacher's tokens.
+    Returns: Loss with values (G,).
     """
     num_spans = int(student.span.max()) + 1 if student.span.numel() else 0
     logq, entropy = token_logprobs(student, chunk)
-    with torch.no_grad():
-        logp, _ = token_logprobs(teacher, chunk)
-    b, a = (
-        -x.new_zeros(num_spans).index_add(0, side.span[side.span >= 0], x[side.span >= 0])
-        for x, side in ((logq, student), (logp, teacher))
-    )
-    values = alm_terms(a, b)
-    return Loss(values.sum(), values.detach(), {"entropy": entropy})
+
+    def per_span(logs, span):
+        inside = span >= 0
+        return -logs.new_zeros(num_spans).index_add(0, span[inside], logs[inside])
+
+    values = alm_terms(per_span(teacher_logprobs.double(), teacher_span), per_span(logq, student.span))
+    return Loss(values.sum(), values.detach(), {"entropy": entropy, "logprob": logq.detach()})
 
 
 def alm_terms(a: Tensor, b: Tensor) -> Tensor:
@@ -562,7 +571,7 @@ def uld_loss(
     chunk: int | None = None,
     trl: str | None = None,
 ) -> Loss:
-    """Universal Logit Distillation (Boizard et al. 2024, arXiv 2402.12030): L1 between sorted laws; kept for comparison.
+    """Universal Logit Distillation (Boizard et al. 2024, arXiv 2402.12030): L1 between sorted laws, for comparison.
 
     A span of several tokens is the law at its last token times the chain-rule probability of the tokens before, so that
     a span of one token is untouched. With `match`, the hybrid of GOLD: `divergence` on matched tokens, sorted L1 on the
@@ -575,7 +584,7 @@ def uld_loss(
             from it: probabilities clamped at 1e-8, terms without normalisation (they can be negative), raw scale, and
             for "observed" every law read one position late. Then the last token of each completion must not be in a
             span, as TRL skips it, and TRL's value is the mean over rows of the mean over their spans.
-    Returns: Loss with values (G,) and stats {"entropy", "matched", "unmatched"} per span.
+    Returns: Loss with values (G,) and more stats {"matched", "unmatched"} per span.
     """
     late = 1 if trl == "observed" else 0
     (first_s, last_s), (first_t, last_t) = _span_ends(student.span), _span_ends(teacher.span)
@@ -614,9 +623,9 @@ def uld_loss(
         return (F.pad(q, (0, width - q.size(1))) - F.pad(p, (0, width - p.size(1)))).abs().sum(-1)
 
     def fn(z, teacher_z, extra, rows):
-        logz = F.log_softmax(z / student.temperature, dim=-1)
-        stats = {"entropy": -(logz.exp() * logz).sum(-1)}
-        logq = logz + extra[:, :1].to(logz.dtype)
+        logz = F.log_softmax(z, dim=-1)
+        stats = _law_stats(logz, student.ids[base_s[rows]])
+        logq = _tempered(logz, student.temperature) + extra[:, :1].to(logz.dtype)
         logp = F.log_softmax(teacher_z / teacher.temperature, dim=-1) + extra[:, 1:].detach().to(logz.dtype)
         matched = unmatched = torch.zeros_like(logq[:, 0])
         if rest_s.numel() and rest_t.numel():
@@ -628,9 +637,8 @@ def uld_loss(
         return values, stats | {"matched": matched, "unmatched": unmatched}
 
     extra = torch.stack([others_s, others_t], 1)
-    return _row_loss(
-        _by_autograd(fn), student.hidden[base_s], student.head, teacher.hidden[base_t], teacher.head, extra, chunk
-    )
+    hidden, teacher_hidden = student.hidden[base_s], teacher.hidden[base_t]
+    return _row_loss(_by_autograd(fn), hidden, student.head, teacher_hidden, teacher.head, extra, chunk, base_s)
 
 
 def _trl_terms(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
@@ -718,23 +726,23 @@ def prefix_loss(
     """JSD of both models' laws of the text that follows, byte offset by byte offset: exact across tokenizers.
 
     At every offset where both models' F is known (section 3 of the module), the possible continuations are split into
-    what both can tell apart: single next bytes, the actual bytes up to the next such offset, "anything else". Where both
-    models have a boundary these are all 256 bytes and the end of the text. By the chain rule the sum over offsets is an
-    unbiased sample of the divergence between the two laws of whole texts. gold_data.prefix_queries makes the queries
-    and documents which offsets are used and what the sums leave out.
+    what both can tell apart: single next bytes, the actual bytes up to the next such offset, "anything else". Where
+    both models have a boundary these are all 256 bytes and the end of the text. By the chain rule the sum over offsets
+    is an unbiased sample of the divergence between the two laws of whole texts. gold_data.prefix_queries makes the
+    queries and documents which offsets are used and what the sums leave out.
 
     Covering sums for byte-level probabilities of token models: Phan et al. 2024 (arXiv 2410.09303), Vieira et al. 2024
     (arXiv 2412.03719).
 
     Args: offset (O,): which of the offsets 0..num_offsets-1 each outcome belongs to. Temperatures must be 1.
-    Returns: Loss with values (M,) in nats and stats {"entropy": student entropy (N,)}.
+    Returns: Loss with values (M,) in nats.
     """
     if student.temperature != 1.0 or teacher.temperature != 1.0:
         raise ValueError("prefix_loss multiplies conditional laws, which is only a law of text at temperature 1")
     num_outcomes, num_slots = offset.numel(), offset.numel() + num_offsets + 1
     bytes_and_end = torch.arange(257, device=offset.device)
 
-    def log_law(side: Side, q: Queries) -> tuple[Tensor, Tensor]:
+    def log_law(side: Side, q: Queries) -> tuple[Tensor, dict[str, Tensor]]:
         entropy, mass, full = _range_logmass(side, q, chunk)
         own = mass[q.path]
         before = own.cumsum(0) - own  # (N,) log probability of all earlier tokens of the batch
@@ -742,9 +750,9 @@ def prefix_loss(
         x = torch.cat([log_path[q.row] + mass, (log_path[q.full_row, None] + full).flatten()])
         slot = torch.cat([q.slot, (q.full_slot[:, None] + bytes_and_end).flatten()])
         x = _slot_logsumexp(x, slot, num_slots)
-        return x[:num_outcomes] - x[num_outcomes + offset], entropy
+        return x[:num_outcomes] - x[num_outcomes + offset], {"entropy": entropy, "logprob": own.detach()}
 
-    logq, entropy = log_law(student, student_queries)
+    logq, stats = log_law(student, student_queries)
     with torch.no_grad():
         logp, _ = log_law(teacher, teacher_queries)
 
@@ -758,4 +766,4 @@ def prefix_loss(
 
     values = divergence(anything_else(logp), anything_else(logq), beta, scale)
     values = values.index_add(0, offset, divergence(logp, logq, beta, scale))
-    return Loss(values.sum(), values.detach(), {"entropy": entropy})
+    return Loss(values.sum(), values.detach(), stats)

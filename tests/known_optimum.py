@@ -178,7 +178,7 @@ class Problem:
         elif name == "ce":
             loss = gold_loss.fused_cross_entropy(student).total
         elif name == "alm":
-            loss = gold_loss.alm_loss(student, teacher).total
+            loss = gold_loss.alm_loss(student, gold_loss.token_logprobs(teacher)[0], teacher.span).total
         elif name == "uld":
             loss = gold_loss.uld_loss(student, teacher).total
         elif name == "hybrid":
@@ -186,7 +186,7 @@ class Problem:
         elif name in ("bins", "bins+alm"):
             loss = gold_loss.bins_loss(student, teacher, *self.bins, beta=beta).total
             if name == "bins+alm":
-                loss = loss + gold_loss.alm_loss(student, teacher).total
+                loss = loss + gold_loss.alm_loss(student, gold_loss.token_logprobs(teacher)[0], teacher.span).total
         return loss / len(batch.student_targets)
 
     def train(self, name: str, start: str, beta: float = 0.5, steps: int = 300, lr: float = 0.05) -> float:

@@ -386,7 +386,7 @@ def run(name, batch, s, t, beta=0.5, chunk=None, student=STUDENT, teacher=TEACHE
     if name == "bins":
         return gold_loss.bins_loss(a, b, *bins_of(student, teacher), beta, chunk=chunk)
     if name == "alm":
-        return gold_loss.alm_loss(a, b, chunk=chunk)
+        return gold_loss.alm_loss(a, gold_loss.token_logprobs(b)[0].detach(), b.span, chunk)
     match = tuple(map(torch.tensor, gold_data.shared_ids(Fake(student), Fake(teacher))))
     return gold_loss.uld_loss(a, b, match if name == "hybrid" else None, beta=beta, chunk=chunk)
 
@@ -535,7 +535,7 @@ def test_tokens_outside_every_span_have_no_gradient(name):
     match = tuple(map(torch.tensor, gold_data.shared_ids(Fake(STUDENT), Fake(TEACHER))))
     loss = {
         "bins": lambda: gold_loss.bins_loss(extra, teacher, *bins_of(), 0.5),
-        "alm": lambda: gold_loss.alm_loss(extra, teacher),
+        "alm": lambda: gold_loss.alm_loss(extra, gold_loss.token_logprobs(teacher)[0], teacher.span),
         "uld": lambda: gold_loss.uld_loss(extra, teacher),
         "hybrid": lambda: gold_loss.uld_loss(extra, teacher, match),
     }[name]()

@@ -1,0 +1,911 @@
+"""Who produces the tokens and the teacher's knowledge of them: samplers, the window buffer, teachers.
+
+A *window* is what one optimizer step trains on, on one rank: `slots` prompts. The buffer decides which rows of the data
+set they are and which of them are on-policy, has the sampler answer those in one call, and finds the teacher's tokens
+for every completion. With lag > 0 windows are made ahead, by a thread, from a copy of earlier weights.
+
+From top to bottom: samplers (HF, vLLM), windows, teachers (local, shared by the ranks of a node, served over HTTP).
+
+This file knows nothing about losses, the optimizer, evaluation, or wandb.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import gold_data
+from gold_data import Row, Sample, Vocabulary
+
+# ----------------------------------------------------------------------------------------------------------------------
+# samplers
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 cut nothing off."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    end_ids: tuple[int, ...] = ()
+
+
+@dataclass
+class Rollout:
+    completion_ids: list[int]  # ends with an end id if finished
+    logprobs: list[float]  # log-softmax of the model's own logits at temperature 1, for each id
+    finished: bool
+    version: int  # of the weights
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt_ids: list[int]
+    seed: int
+
+
+class HFSampler:
+    """Batched decoding with a transformers model and its KV cache.
+
+    A request's random numbers depend on its seed alone, not on the batch it is decoded in.
+
+    Args:
+        model: a causal LM; with `own_copy` it is copied (windows are sampled while the original is trained).
+        max_batch_tokens: rows are decoded together as long as rows x longest stays below.
+    """
+
+    def __init__(self, model, sampling: Sampling, own_copy: bool = False, device=None, max_batch_tokens: int = 2**17):
+        self.sampling, self.max_batch_tokens, self.version = sampling, max_batch_tokens, 0
+        self.own_copy = own_copy or device is not None
+        if self.own_copy:
+            import copy
+
+            device = device or next(model.parameters()).device
+            model = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+        self.model = model
+
+    def load_weights(self, weights: dict[str, Tensor], version: int) -> None:
+        """Sample from these weights from now on. Without an own copy the model *is* the trained one."""
+        if self.own_copy:
+            self.model.load_state_dict(weights)
+        self.version = version
+
+    def generate(self, requests: list[Request]) -> list[Rollout]:
+        rollouts: dict[int, Rollout] = {}
+        for batch in self._batches(requests):
+            for i, (ids, logprobs) in zip(batch, self._decode([requests[i] for i in batch])):
+                finished = bool(ids) and ids[-1] in self.sampling.end_ids
+                rollouts[i] = Rollout(ids, logprobs, finished, self.version)
+        return [rollouts[i] for i in range(len(requests))]
+
+    def _batches(self, requests: list[Request]) -> Iterator[list[int]]:
+        """Indices of similar prompt length, as many as fit."""
+        batch: list[int] = []
+        for i in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids)):
+            longest = len(requests[batch[0] if batch else i].prompt_ids) + self.sampling.max_new_tokens
+            if batch and (len(batch) + 1) * longest > self.max_batch_tokens:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    @torch.no_grad()
+    def _decode(self, requests: list[Request]) -> list[tuple[list[int], list[float]]]:
+        from transformers import DynamicCache
+
+        s, model = self.sampling, self.model
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        width = max(len(r.prompt_ids) for r in requests)
+        pad = [width - len(r.prompt_ids) for r in requests]  # on the left
+        ids = torch.tensor([[0] * p + r.prompt_ids for p, r in zip(pad, requests)], device=device)
+        mask = torch.tensor([[0] * p + [1] * (width - p) for p in pad], device=device)
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        uniform = torch.from_numpy(
+            np.stack([np.random.Generator(np.random.Philox(r.seed)).random(s.max_new_tokens) for r in requests])
+        ).to(device)
+        ends = torch.tensor(s.end_ids, device=device, dtype=torch.long)
+        alive = torch.arange(len(requests), device=device)  # rows still being decoded
+        cache, steps = DynamicCache(config=model.config), []
+        autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+        for t in range(s.max_new_tokens):
+            with autocast:
+                out = model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=position,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            z = out.logits[:, -1].float()
+            token = _draw(z, uniform[alive, t], s)
+            logprob = z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)
+            steps.append((alive, token, logprob))
+            going = ~torch.isin(token, ends)
+            if not going.all():
+                keep = going.nonzero()[:, 0]
+                if not len(keep):
+                    break
+                cache.batch_select_indices(keep)
+                alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
+            ids, position = token[:, None], position[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        model.train(was_training)
+        out = [([], []) for _ in requests]
+        for rows, tokens, logprobs in steps:
+            for row, token, logprob in zip(rows.tolist(), tokens.tolist(), logprobs.tolist()):
+                out[row][0].append(token)
+                out[row][1].append(logprob)
+        return out
+
+    def sleep(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
+    """One token (B,) per row of logits z (B, V) from uniform numbers u (B,) in [0, 1), by inverting the CDF."""
+    if s.temperature == 0:
+        return z.argmax(-1)
+    p = torch.softmax(z / s.temperature, -1)
+    if s.top_k and s.top_k < p.size(1):
+        p = p.masked_fill(p < p.topk(s.top_k).values[:, -1:], 0.0)
+    if s.min_p > 0:
+        p = p.masked_fill(p < s.min_p * p.amax(-1, keepdim=True), 0.0)
+    if s.top_p < 1:
+        p = p / p.sum(-1, keepdim=True)
+        ordered, index = p.sort(-1, descending=True)
+        outside = (ordered.cumsum(-1) - ordered) >= s.top_p  # the token that crosses top_p stays
+        p = p.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), 0.0)
+    running = p.double().cumsum(-1)
+    return (running <= u[:, None] * running[:, -1:]).sum(-1).clamp(max=z.size(1) - 1)
+
+
+@contextlib.contextmanager
+def keep_rng():
+    """vLLM seeds python, numpy and torch when an engine starts, and draws from torch's generator to sample."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+
+
+class VLLMSampler:
+    """One colocated vLLM engine per rank, or per `tensor_parallel` neighbouring ranks, in the training process.
+
+    The engine starts with random weights: the first load_weights is the first time it can say anything sensible, so a
+    forgotten synchronisation cannot go unnoticed. Under torchrun the process group must exist first: the constructor
+    is collective. Any exception of the engine is final; it cannot be used after one.
+
+    Args:
+        model_dir: directory with config.json; no weights are read from it.
+        max_model_len: prompt + completion tokens.
+        memory: KV cache size in bytes if > 1, share of the device's memory if <= 1.
+        deadline: seconds after which one generate call raises TimeoutError with the unfinished requests.
+        sleep: give the engine's memory back between windows (level 2: weights are dropped, each window loads new ones).
+    """
+
+    def __init__(
+        self,
+        model_dir: str,
+        sampling: Sampling,
+        max_model_len: int,
+        dtype: str,
+        memory: float,
+        tensor_parallel: int = 1,
+        max_num_seqs: int = 256,
+        deadline: float = 1800.0,
+        sleep: bool = False,
+        enforce_eager: bool = False,
+    ):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM
+
+        self.sampling, self.max_model_len, self.deadline, self.version = sampling, max_model_len, deadline, -1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.group = None
+        if tensor_parallel > 1:  # every rank of an engine gives it the same requests
+            for first in range(0, dist.get_world_size(), tensor_parallel):
+                members = list(range(first, first + tensor_parallel))
+                group = dist.new_group(members, backend="gloo")
+                if self.rank in members:
+                    self.group = group
+        self.use_sleep = sleep and torch.cuda.is_available()  # the CPU engine has no sleep mode
+        self.asleep = False
+        extra = {"distributed_executor_backend": "external_launcher"} if dist.is_initialized() else {}
+        extra |= {"kv_cache_memory_bytes": int(memory)} if memory > 1 else {"gpu_memory_utilization": memory}
+        with keep_rng():
+            self.llm = LLM(
+                model=model_dir,
+                dtype=dtype,
+                max_model_len=max_model_len,
+                tensor_parallel_size=tensor_parallel,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max(4096, max_model_len),  # larger ones mislead the memory profiler
+                enforce_eager=enforce_eager,
+                enable_sleep_mode=self.use_sleep,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                **extra,
+            )
+
+    def load_weights(self, weights: dict[str, Tensor], version: int) -> None:
+        """Replace all weights, in one call: a partial reload leaves the other shards of fused layers empty."""
+        if self.asleep:
+            self.llm.wake_up(["weights"])
+        stream = iter({k: v.detach() for k, v in weights.items()}.items())
+        with keep_rng():
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        if self.asleep:
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
+        if not self.llm.reset_prefix_cache():  # its blocks were computed by the old weights
+            raise RuntimeError("vLLM kept its prefix cache: requests are still running while weights are loaded")
+        self.llm.update_weight_version(str(version))
+        self.version = version
+
+    def generate(self, requests: list[Request]) -> list[Rollout]:
+        if self.version < 0:
+            raise RuntimeError("load_weights before generate: the engine holds random weights")
+        everyone = [requests]
+        if self.group is not None:
+            everyone = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(everyone, requests, group=self.group)
+        mine = dist.get_rank(self.group) if self.group is not None else 0
+        outs = self._run([r for part in everyone for r in part])
+        first = sum(len(part) for part in everyone[:mine])
+        return outs[first : first + len(requests)]
+
+    def _run(self, requests: list[Request]) -> list[Rollout]:
+        from vllm import SamplingParams
+
+        s = self.sampling
+        params = [
+            SamplingParams(
+                temperature=s.temperature,
+                top_p=s.top_p,
+                top_k=s.top_k,
+                min_p=s.min_p,
+                max_tokens=min(s.max_new_tokens, self.max_model_len - len(r.prompt_ids)),
+                stop_token_ids=list(s.end_ids),
+                logprobs=0,  # of the sampled token
+                detokenize=False,
+                seed=r.seed,
+            )
+            for r in requests
+        ]
+        with keep_rng():
+            names = self.llm.enqueue([{"prompt_token_ids": r.prompt_ids} for r in requests], params, use_tqdm=False)
+            engine, until, done = self.llm.llm_engine, time.monotonic() + self.deadline, {}
+            while engine.has_unfinished_requests():
+                for out in engine.step():
+                    if out.finished:
+                        done[out.request_id] = out
+                if time.monotonic() > until:
+                    late = [i for i, name in enumerate(names) if name not in done]
+                    raise TimeoutError(
+                        f"vLLM has not finished {len(late)} of {len(names)} requests after {self.deadline:.0f} s "
+                        f"(window positions {late[:20]}): raise --vllm-deadline or lower --max-completion-length"
+                    )
+        rollouts = []
+        for name in names:
+            c = done[name].outputs[0]
+            logprobs = [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
+            version = int(c.weight_versions[0].version) if c.weight_versions else self.version
+            rollouts.append(Rollout(list(c.token_ids), logprobs, c.finish_reason == "stop", version))
+        return rollouts
+
+    def sleep(self) -> None:
+        """Between the last generate of a window and the next load_weights."""
+        if self.use_sleep and not self.asleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def choose_sampler(sampler: str) -> tuple[str, str]:
+    """("hf" | "vllm", why) for --sampler auto | hf | vllm. Raises ValueError if vLLM is asked for but not installed."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if sampler == "vllm" and not installed:
+        raise ValueError("--sampler vllm needs vLLM: pip install 'vllm==0.32.0' (README, Install), or use --sampler hf")
+    if sampler != "auto":
+        return sampler, "as asked"
+    if not torch.cuda.is_available():
+        return "hf", "no GPU"
+    return ("vllm", "GPU and vLLM found") if installed else ("hf", "vLLM is not installed")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# windows
+
+
+@dataclass
+class Window:
+    step: int
+    samples: list[Sample]
+    version: int  # of the weights that sampled its on-policy part; `step` if it has none
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def on_policy_ratio(self) -> float:
+        return sum(s.on_policy for s in self.samples) / len(self.samples)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in a window: one on-policy prompt with all its generations, or as many different data set rows."""
+
+    on_policy: bool
+    rows: tuple[int, ...]  # positions in the endless stream of rows
+    seeds: tuple[int, ...]
+
+
+class Schedule:
+    """Which row is where: a pure function of (seed, step, rank), so that any window can be made again.
+
+    Slots are numbered through the run, over steps and ranks. Slot g is on-policy if the running total of lmbda crosses
+    an integer there, so every window, on every rank, has its share of lmbda to within one slot. An on-policy slot uses
+    one row for all its generations, an off-policy slot one row for each: no row is skipped, none is repeated within an
+    epoch, and every token counts the same.
+    """
+
+    def __init__(self, seed: int, lmbda: float, slots: int, generations: int, rank: int = 0, world_size: int = 1):
+        self.seed, self.lmbda, self.slots, self.generations = seed, lmbda, slots, generations
+        self.rank, self.world_size = rank, world_size
+        self.phase = np.random.default_rng([seed, 1]).random()
+
+    def _on_policy_before(self, slot: int) -> int:
+        return int(np.floor(slot * self.lmbda + self.phase)) if self.lmbda < 1 else slot
+
+    def rows_before(self, slot: int) -> int:
+        on = self._on_policy_before(slot)
+        return on + (slot - on) * self.generations
+
+    def steps_for(self, rows: int) -> int:
+        """Fewest steps after which the first `rows` of the stream have all been used."""
+        per_step = self.slots * self.world_size
+        step = 0
+        while self.rows_before(step * per_step) < rows:
+            step += 1
+        return step
+
+    def draw(self, step: int) -> list[Slot]:
+        first = (step * self.world_size + self.rank) * self.slots
+        out = []
+        for g in range(first, first + self.slots):
+            on_policy = self._on_policy_before(g + 1) > self._on_policy_before(g)
+            row = self.rows_before(g)
+            rows = (row,) if on_policy else tuple(range(row, row + self.generations))
+            seeds = np.random.SeedSequence([self.seed, 2, g]).generate_state(self.generations)
+            out.append(Slot(on_policy, rows, tuple(int(x) for x in seeds)))
+        return out
+
+
+class RowStream:
+    """Rows of a data set, numbered over all epochs; each epoch is a new permutation of all of them."""
+
+    def __init__(self, rows: list[Row], seed: int, shuffle: bool = True):
+        self.rows, self.seed, self.shuffle = rows, seed, shuffle
+        self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
+
+    def where(self, position: int) -> tuple[int, int]:
+        """(epoch, index of the row) of a position."""
+        epoch, within = divmod(position, len(self.rows))
+        if epoch != self._epoch:
+            order = np.arange(len(self.rows))
+            self._order = np.random.default_rng([self.seed, 3, epoch]).permutation(order) if self.shuffle else order
+            self._epoch = epoch
+        return epoch, int(self._order[within])
+
+    def __getitem__(self, position: int) -> tuple[int, int, Row]:
+        epoch, index = self.where(position)
+        return epoch, index, self.rows[index]
+
+
+class StreamedRows:
+    """The same for a data set that is only iterated: rows come in its order, and it starts over when it ends.
+
+    Args: open_rows() -> a new iterator over usable rows.
+    """
+
+    def __init__(self, open_rows):
+        self.open_rows, self._cache = open_rows, {}
+        self._iterator, self._next, self._epoch, self._in_epoch = open_rows(), 0, 0, 0
+
+    def __getitem__(self, position: int) -> tuple[int, int, Row]:
+        if position < self._next and position not in self._cache:  # an earlier window is made again
+            self._iterator, self._next, self._epoch, self._in_epoch, self._cache = self.open_rows(), 0, 0, 0, {}
+        while self._next <= position:
+            row = next(self._iterator, None)
+            if row is None:
+                if self._in_epoch == 0:
+                    raise ValueError("the streamed data set has no usable row")
+                self._iterator, self._epoch, self._in_epoch = self.open_rows(), self._epoch + 1, 0
+                continue
+            self._cache[self._next] = (self._epoch, self._in_epoch, row)
+            self._cache.pop(self._next - 100_000, None)
+            self._next, self._in_epoch = self._next + 1, self._in_epoch + 1
+        return self._cache[position]
+
+
+@dataclass
+class Encoder:
+    """Rows -> prompt and completion ids of both models. `teacher` is None when there is no teacher."""
+
+    student: Vocabulary
+    teacher: Vocabulary | None
+    max_completion_length: int
+    cross_tokenizer: bool
+    prefix: bool
+
+    def prompts(self, row: Row) -> tuple[list[int], list[int]]:
+        """(student, teacher) prompt ids, each by its own chat template."""
+        student = gold_data.encode_prompt(self.student.tokenizer, row.prompt)
+        if self.teacher is None:
+            return student, []
+        return student, gold_data.encode_prompt(self.teacher.tokenizer, row.prompt)
+
+    def completion(self, text: str, whole: bool = True) -> tuple[list[int], bool]:
+        """(ids, finished): the student's ids of a written completion; a cut one has no end, so none is trained."""
+        ids, ends = self.student.encode(text.encode())
+        whole = whole and (self.student.lossy or (int(ends[-1]) if len(ends) else 0) == len(text.encode()))
+        ids = list(ids) + ([self.student.ends[0]] if whole else [])
+        if len(ids) > self.max_completion_length:
+            return ids[: self.max_completion_length], False
+        return ids, whole
+
+    def align(self, sample: Sample) -> Sample:
+        if self.cross_tokenizer:
+            sample.alignment = gold_data.align(
+                self.student, self.teacher, sample.completion_ids, sample.finished, self.prefix
+            )
+        return sample
+
+
+class WindowBuffer:
+    """Makes windows, `lag` of them ahead of training.
+
+    Args:
+        rows: RowStream or StreamedRows.
+        sampler: answers on-policy prompts; None if lmbda is 0.
+        teacher_answers: for seq_kd, (epoch, index, row) of off-policy rows -> completions written by the teacher.
+        weights_of: () -> the student's state dict, as the sampler wants it.
+        last_step: no window is made from this step on.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rows,
+        encoder: Encoder,
+        sampler,
+        weights_of,
+        last_step: int,
+        lag: int = 0,
+        teacher_answers=None,
+    ):
+        self.schedule, self.rows, self.encoder, self.sampler = schedule, rows, encoder, sampler
+        self.weights_of, self.last_step, self.lag, self.teacher_answers = weights_of, last_step, lag, teacher_answers
+        self.pending: dict[int, Future] = {}
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="sampler")  # owns the engine: one thing at a time
+
+    def get(self, step: int) -> Window:
+        """The window of this step. Called before the step trains, with the weights of `step` finished optimizer steps.
+
+        Starts the windows up to step + lag from these weights; exceptions of their making are raised here.
+        """
+        for ahead in range(step, min(step + self.lag, self.last_step - 1) + 1):
+            if ahead not in self.pending:
+                slots = self.schedule.draw(ahead)
+                weights = None
+                if any(slot.on_policy for slot in slots):
+                    weights = self.weights_of()
+                    if self.lag:  # training goes on while they are used
+                        weights = {k: v.detach().clone() for k, v in weights.items()}
+                if self.lag:
+                    self.pending[ahead] = self.pool.submit(self.make, ahead, slots, weights, step)
+                else:
+                    self.pending[ahead] = Future()
+                    self.pending[ahead].set_result(self.make(ahead, slots, weights, step))
+        return self.pending.pop(step).result()
+
+    def make(self, step: int, slots: list[Slot], weights: dict[str, Tensor] | None, version: int) -> Window:
+        start, seconds = time.perf_counter(), {"sync": 0.0}
+        samples: list[Sample] = []
+        requests: list[tuple[Sample, Request]] = []
+        answers: list[tuple[Sample, tuple[int, int, Row]]] = []
+        for slot in slots:
+            found = [self.rows[position] for position in slot.rows]
+            for j, seed in enumerate(slot.seeds):
+                epoch, index, row = found[0 if slot.on_policy else j]
+                prompt, teacher_prompt = self.encoder.prompts(row)
+                sample = Sample(prompt, [], False, slot.on_policy, teacher_prompt, version=step, row=index)
+                samples.append(sample)
+                if slot.on_policy:
+                    requests.append((sample, Request(prompt, seed)))
+                else:
+                    answers.append((sample, (epoch, index, row)))
+        if requests or (weights is not None):
+            self.sampler.load_weights(weights, version)
+            seconds["sync"] = time.perf_counter() - start
+            for (sample, _), rollout in zip(requests, self.sampler.generate([r for _, r in requests])):
+                sample.completion_ids, sample.finished = rollout.completion_ids, rollout.finished
+                sample.logprobs, sample.version = rollout.logprobs, rollout.version
+            self.sampler.sleep()
+        texts = [(where[2].completion, True) for _, where in answers]
+        if self.teacher_answers is not None:
+            texts = self.teacher_answers([where for _, where in answers])
+        for (sample, _), (text, whole) in zip(answers, texts):
+            sample.completion_ids, sample.finished = self.encoder.completion(text, whole)
+        for sample in samples:
+            self.encoder.align(sample)
+        seconds["generate"] = time.perf_counter() - start - seconds["sync"]
+        return Window(step, samples, version if requests else step, seconds)
+
+    def state(self) -> list[dict]:
+        """Windows made ahead and not yet trained; waits for those being made. Part of a checkpoint."""
+        windows = []
+        for future in self.pending.values():
+            window = future.result()
+            samples = [{k: v for k, v in vars(s).items() if k != "alignment"} for s in window.samples]
+            windows.append({"step": window.step, "version": window.version, "samples": samples})
+        return windows
+
+    def load_state(self, windows: list[dict]) -> None:
+        for w in windows:
+            samples = [self.encoder.align(Sample(**s)) for s in w["samples"]]
+            self.pending[w["step"]] = Future()
+            self.pending[w["step"]].set_result(Window(w["step"], samples, w["version"], {"sync": 0.0, "generate": 0.0}))
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        if self.sampler is not None:
+            self.sampler.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# models in two parts: a backbone that makes hidden states, and the head
+
+
+def load_model(name: str, revision: str | None, dtype: torch.dtype, device: str):
+    """A causal LM from a directory or the Hub. Raises ValueError that names what was not found."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+    except OSError as e:
+        raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
+    return model.to(device)
+
+
+def split_head(model) -> tuple[torch.nn.Module, dict]:
+    """(backbone, keyword arguments of gold_loss.Head) of a causal LM, checked against the model's own logits.
+
+    Raises ValueError that names the architecture if its logits are not softcap(scale * (hidden W + b)) of one matrix.
+    """
+    backbone, head, config = model.base_model, model.get_output_embeddings(), model.config.get_text_config()
+    if head is None or backbone is model:
+        raise ValueError(f"{type(model).__name__} has no separate output head: it is not a causal language model")
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    parts = {"weight": head.weight, "bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
+    probe = torch.arange(8, device=head.weight.device)[None] % head.weight.size(0)
+    with torch.no_grad():
+        hidden = backbone(input_ids=probe, use_cache=False).last_hidden_state
+        z = hidden @ parts["weight"].T + (0 if parts["bias"] is None else parts["bias"])
+        z = z.float() * scale
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        own = model(input_ids=probe, use_cache=False).logits.float()
+    if z.shape != own.shape or (z - own).abs().max() > 0.02 * own.abs().max() + 1e-3:
+        raise ValueError(f"{type(model).__name__}: its logits are not those of its output matrix; this head is unknown")
+    return backbone, parts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# teachers: what the teacher knows at the scored positions of a batch
+
+
+class LocalTeacher:
+    """A causal LM on one device. Only hidden states of the asked rows leave it; the caller projects them."""
+
+    def __init__(self, model):
+        self.model = model.eval().requires_grad_(False)
+        self.backbone, self.head = split_head(self.model)
+        self.device = self.head["weight"].device
+
+    @torch.no_grad()
+    def hidden(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+        """(N, D) hidden states at flat positions `rows` of right-padded ids (B, S)."""
+        ids, mask, rows = (x.to(self.device) for x in (ids, mask, rows))
+        hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)[rows]
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+        return HFSampler(self.model, sampling).generate(requests)
+
+    def close(self) -> None:
+        pass
+
+
+def _serve_teacher(load, address: str, key: bytes) -> None:
+    """The process that owns the node's teacher: answers one request after the other until everybody has left."""
+    teacher = LocalTeacher(load())
+    listener = Listener(address, family="AF_UNIX", authkey=key, backlog=64)
+    lock, clients, first_came = threading.Lock(), [0], threading.Event()
+
+    def answer(connection) -> None:
+        with contextlib.suppress(EOFError, OSError):  # the client has gone
+            while True:
+                name, args = connection.recv()
+                try:
+                    with lock:
+                        if name == "head":
+                            result = {k: _pack(v) if isinstance(v, Tensor) else v for k, v in teacher.head.items()}
+                        elif name == "hidden":
+                            result = _pack(teacher.hidden(*map(torch.from_numpy, args)))
+                        else:
+                            result = teacher.generate(*args)
+                    connection.send((True, result))
+                except Exception as e:  # noqa: BLE001  the rank that asked raises it
+                    connection.send((False, f"{type(e).__name__}: {e}"))
+        clients[0] -= 1
+
+    def accept() -> None:
+        while True:
+            connection = listener.accept()
+            clients[0] += 1
+            first_came.set()
+            threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    first_came.wait()
+    while clients[0] > 0 and os.getppid() != 1:
+        time.sleep(0.2)
+
+
+def _pack(x: Tensor) -> tuple[np.ndarray, str]:
+    """A tensor as bytes: numpy has no bfloat16."""
+    x = x.detach().cpu().contiguous()
+    return x.view(torch.uint8).numpy(), str(x.dtype).removeprefix("torch."), tuple(x.shape)
+
+
+def _unpack(packed: tuple) -> Tensor:
+    data, dtype, shape = packed
+    return torch.from_numpy(data.copy()).view(getattr(torch, dtype)).view(shape)
+
+
+class SharedTeacher:
+    """One teacher per node on a device of its own, in a process of its own; the ranks of the node share it.
+
+    Hidden states travel (40 to 60 times less than logits); every rank holds a copy of the teacher's head.
+
+    Args:
+        load: () -> the model on its device; picklable. Called in the new process only.
+    """
+
+    def __init__(self, load, local_rank: int, timeout: float = 1800.0):
+        self.process = None
+        address = [None]
+        if local_rank == 0:
+            import multiprocessing
+            import tempfile
+
+            folder = Path(tempfile.mkdtemp(prefix="gold-teacher-"))
+            address = [(str(folder / "socket"), os.urandom(16))]
+            spawn = multiprocessing.get_context("spawn")
+            self.process = spawn.Process(target=_serve_teacher, args=(load, *address[0]), daemon=True)
+            self.process.start()
+        if dist.is_initialized():  # every node has its own: find the one whose address was made here
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, (os.environ.get("GROUP_RANK", "0"), address[0]))
+            address = [a for node, a in found if node == os.environ.get("GROUP_RANK", "0") and a is not None]
+        until = time.monotonic() + timeout
+        while True:
+            if self.process is not None and not self.process.is_alive():
+                raise RuntimeError(f"the teacher's process ended with exit code {self.process.exitcode} while loading")
+            try:
+                self.connection = Client(address[0][0], family="AF_UNIX", authkey=address[0][1])
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                if time.monotonic() > until:
+                    raise TimeoutError(f"the teacher was not ready after {timeout:.0f} s") from None
+                time.sleep(0.1)
+        self.head = {k: _unpack(v) if isinstance(v, tuple) else v for k, v in self._ask("head").items()}
+        self.device = torch.device("cpu")
+
+    def _ask(self, name: str, *args):
+        try:
+            self.connection.send((name, args))
+            ok, result = self.connection.recv()
+        except (EOFError, OSError) as e:
+            raise RuntimeError("the teacher's process has died: its own output says why") from e
+        if not ok:
+            raise RuntimeError(f"the teacher's process failed: {result}")
+        return result
+
+    def hidden(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+        return _unpack(self._ask("hidden", *(x.cpu().numpy() for x in (ids, mask, rows))))
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+        return self._ask("generate", requests, sampling)
+
+    def close(self) -> None:
+        self.connection.close()
+        if self.process is not None:
+            self.process.join(10)
+
+
+class ServedTeacher:
+    """A teacher behind vLLM's OpenAI-compatible server, scored by token ids: top-k log probabilities of prompt tokens.
+
+        python -m vllm.entrypoints.openai.api_server --model TEACHER --max-logprobs 64
+
+    Servers answer at temperature 1 whatever is asked, so that is the only loss temperature there is.
+
+    Args:
+        url: http://host:port
+        model: what the server is expected to serve, as a name or directory.
+        k: how many tokens per position.
+    Raises: ConnectionError if the server cannot be reached, ValueError if it serves something else.
+    """
+
+    def __init__(self, url: str, model: str, vocabulary: Vocabulary, k: int, timeout: float = 120.0, retries: int = 4):
+        self.url, self.k, self.timeout, self.retries, self.size = url.rstrip("/"), k, timeout, retries, vocabulary.size
+        self.pool = ThreadPoolExecutor(16, thread_name_prefix="teacher")
+        served = self._call("/v1/models")["data"][0]
+        self.model, self.max_length = served["id"], served.get("max_model_len")
+        names = {str(served["id"]).rstrip("/"), str(served.get("root", "")).rstrip("/")}
+        if model.rstrip("/") not in names and Path(model).name not in {Path(n).name for n in names}:
+            raise ValueError(f"{url} serves {self.model}, but --teacher-model is {model}: they must be the same model")
+        text = "The quick brown fox: 12 + 34 = 46, caf\u00e9."
+        ids, _ = vocabulary.encode(text.encode())
+        theirs = self._call("/tokenize", {"model": self.model, "prompt": text, "add_special_tokens": False})["tokens"]
+        if theirs != vocabulary.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise ValueError(f"{url} tokenises differently from --teacher-model {model}: {theirs} is not {ids}")
+        first, second = (self._score_one(ids, 1) for _ in range(2))
+        self.nondeterminism = float(np.abs(first[0] - second[0]).max())
+
+    def _call(self, path: str, body: dict | None = None):
+        data = None if body is None else json.dumps(body).encode()
+        for attempt in range(self.retries + 1):
+            request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    return json.loads(reply.read())
+            except urllib.error.HTTPError as e:
+                if e.code < 500:  # asking again would not help
+                    raise ValueError(
+                        f"{self.url}{path} refused: {e.code} {e.read()[:500].decode(errors='replace')}"
+                    ) from e
+                error = e
+            except (urllib.error.URLError, TimeoutError, ConnectionError, json.JSONDecodeError) as e:
+                error = e
+            if attempt < self.retries:
+                time.sleep(min(2.0**attempt * 0.5, 20))
+        raise ConnectionError(
+            f"the teacher at {self.url} did not answer {path} in {self.retries + 1} tries of {self.timeout:.0f} s: "
+            f"{error}. Is it running (README, A served teacher)? The last checkpoint goes on with --resume."
+        )
+
+    def _score_one(self, ids: list[int], first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(own (n,), top ids (n, k), their log probabilities (n, k)) of the tokens ids[first:]."""
+        body = {
+            "model": self.model,
+            "prompt": ids,
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "prompt_logprobs": self.k,
+            "add_special_tokens": False,
+            "return_token_ids": True,
+        }
+        choice = self._call("/v1/completions", body)["choices"][0]
+        entries = choice.get("prompt_logprobs")
+        if entries is None or len(entries) != len(ids):
+            got = "none" if entries is None else len(entries)
+            raise ValueError(f"{self.url} returned {got} prompt log probabilities for {len(ids)} tokens")
+        own, top_ids, top = [], [], []
+        for position in range(first, len(ids)):
+            entry = {int(i): e for i, e in entries[position].items()}
+            best = sorted((e["rank"], i, e["logprob"]) for i, e in entry.items() if e["rank"] <= self.k)
+            if ids[position] not in entry or len(best) != self.k or max(entry) >= self.size:
+                raise ValueError(
+                    f"{self.url}: the answer at position {position} is not the top {self.k} and token {ids[position]} "
+                    f"of a vocabulary of {self.size}: {list(entry)[:8]}; does the server allow --max-logprobs {self.k}?"
+                )
+            own.append(entry[ids[position]]["logprob"])
+            top_ids.append([i for _, i, _ in best])
+            top.append([x for *_, x in best])
+        return np.array(own), np.array(top_ids), np.array(top)
+
+    def score(self, sequences: list[list[int]], firsts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Own (N,), top ids (N, k), their log probabilities (N, k) of tokens firsts[i].. of each sequence, in a row."""
+        parts = list(self.pool.map(self._score_one, sequences, firsts))
+        own, ids, top = (np.concatenate(x) for x in zip(*parts))
+        return torch.from_numpy(own), torch.from_numpy(ids), torch.from_numpy(top)
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+        def one(request: Request) -> Rollout:
+            body = {
+                "model": self.model,
+                "prompt": request.prompt_ids,
+                "max_tokens": sampling.max_new_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "stop_token_ids": list(sampling.end_ids),
+                "seed": request.seed,
+                "return_token_ids": True,
+            }
+            choice = self._call("/v1/completions", body)["choices"][0]
+            return Rollout(list(choice["token_ids"]), [], choice["finish_reason"] == "stop", 0)
+
+        return list(self.pool.map(one, requests))
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+class TeacherAnswers:
+    """seq_kd: off-policy completions written by the teacher, once per epoch and row, kept on disk.
+
+    Args:
+        folder: one JSON-lines file per epoch and rank; what is there is not generated again.
+    """
+
+    def __init__(self, teacher, vocabulary: Vocabulary, sampling: Sampling, folder: Path, rank: int, seed: int):
+        self.teacher, self.vocabulary, self.sampling, self.seed = teacher, vocabulary, sampling, seed
+        self.folder, self.rank = folder, rank
+        self.known: dict[tuple[int, int], tuple[str, bool]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob("epoch-*.jsonl")):
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a line that a killed run did not finish
+                    entry = json.loads(line)
+                    self.known[entry["epoch"], entry["row"]] = (entry["completion"], entry["finished"])
+
+    def __call__(self, wanted: list[tuple[int, int, Row]]) -> list[tuple[str, bool]]:
+        """(text, whether the teacher ended it) for each (epoch, index, row)."""
+        new = list({(epoch, index): row for epoch, index, row in wanted if (epoch, index) not in self.known}.items())
+        if new:
+            prompts = [gold_data.encode_prompt(self.vocabulary.tokenizer, row.prompt) for _, row in new]
+            seeds = [int(np.random.SeedSequence([self.seed, 4, *where]).generate_state(1)[0]) for where, _ in new]
+            rollouts = self.teacher.generate([Request(p, s) for p, s in zip(prompts, seeds)], self.sampling)
+            for ((epoch, index), _), rollout in zip(new, rollouts):
+                content = rollout.completion_ids[:-1] if rollout.finished else rollout.completion_ids
+                text = self.vocabulary.join(content).decode(errors="replace")
+                self.known[epoch, index] = (text, rollout.finished)
+                entry = {"epoch": epoch, "row": index, "completion": text, "finished": rollout.finished}
+                with (self.folder / f"epoch-{epoch}.rank-{self.rank}.jsonl").open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+        return [self.known[epoch, index] for epoch, index, _ in wanted]

