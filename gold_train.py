@@ -17,6 +17,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two processes on one CPU: spinning threads cost 40x
 
 import functools
+import importlib.util
 import json
 import math
 import platform
@@ -24,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -122,7 +123,7 @@ class Config:
     wandb_project: str = "gold"  # its project
     wandb_name: str | None = None  # its run name; none: the output directory's
     seed: int = 0  # of row order, on-policy choice, sampling and evaluation
-    control: bool = True  # embedded job: also train the student on answers alone, for comparison
+    control: bool = True  # the embedded job also trains the student on answers alone, for comparison
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,6 +219,10 @@ def check(cfg: Config, ranks: Ranks) -> None:
         cfg.early_stop == 0 or cfg.save_best is not None, "early_stop needs save_best: which metric should get better?"
     )
     eval_device(cfg, ranks)
+    need(
+        cfg.wandb_mode == "disabled" or importlib.util.find_spec("wandb") is not None,
+        f"--wandb-mode {cfg.wandb_mode} needs wandb: pip install wandb",
+    )
     checkpoints = Path(cfg.output_dir) / "checkpoints"
     if cfg.resume:
         need((checkpoints / "latest").exists(), f"nothing to resume in {checkpoints}: no checkpoint was written there")
@@ -344,22 +349,25 @@ def get_lr(cfg: Config, step: int, max_steps: int) -> float:
 
 
 def distill(
-    cfg: Config, pairing: Pairing, student: gold_loss.Side, batch: gold_data.Batch, teacher, teacher_head
+    cfg: Config, pairing: Pairing, student: gold_loss.Side, batch: gold_data.Batch, teacher, teacher_head, stats
 ) -> tuple[gold_loss.Loss, Tensor]:
     """The distillation loss, a sum, and which sample of the batch each of its values belongs to.
 
     FORK: a new loss is one more line here.
     """
+    start = time.perf_counter()
     if isinstance(teacher, gold_buffer.ServedTeacher):
         lengths = batch.teacher_mask.sum(1).tolist()
         sequences = [ids[:n].tolist() for ids, n in zip(batch.teacher_ids, lengths)]
         counts = torch.bincount(batch.teacher_rows // batch.teacher_ids.size(1), minlength=len(lengths)).tolist()
         own, ids, top = teacher.score(sequences, [n - c for n, c in zip(lengths, counts)])
         own, ids, top = (x.to(student.hidden.device) for x in (own, ids, top))
+        stats.add("timing/teacher", time.perf_counter() - start)
         if pairing.loss == "alm":
             return gold_loss.alm_loss(student, own, batch.teacher_span), batch.span_sample
         return gold_loss.fused_topk_jsd(student, ids, top, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
     hidden = teacher.hidden(batch.teacher_ids, batch.teacher_mask, batch.teacher_rows).to(student.hidden.device)
+    stats.add("timing/teacher", time.perf_counter() - start)
     side = gold_loss.Side(hidden, teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature)
     if pairing.loss == "jsd":
         return gold_loss.fused_jsd(student, side, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
@@ -383,6 +391,12 @@ def distill(
     return both, batch.span_sample
 
 
+def scored_side(cfg: Config, hidden: Tensor, head: gold_loss.Head, batch: gold_data.Batch) -> gold_loss.Side:
+    """The student at the positions that are compared with the teacher."""
+    ids, span = batch.student_targets[batch.scored], batch.student_span
+    return gold_loss.Side(hidden[batch.scored], head, ids, span, cfg.loss_temperature)
+
+
 def micro_batch_loss(
     cfg: Config, model, head, pairing: Pairing | None, teacher, teacher_head, batch, counts, stats, autocast
 ) -> Tensor:
@@ -395,12 +409,8 @@ def micro_batch_loss(
         hidden = model(batch.student_ids, batch.student_mask, batch.student_rows)
     total = hidden.sum() * 0.0  # every parameter takes part in the all-reduce, whatever is scored here
     if teacher is not None:
-        side = gold_loss.Side(
-            hidden[batch.scored], head, batch.student_targets[batch.scored], batch.student_span, cfg.loss_temperature
-        )
-        start = time.perf_counter()
-        loss, sample = distill(cfg, pairing, side, batch, teacher, teacher_head)
-        stats.add("timing/loss", time.perf_counter() - start)
+        side = scored_side(cfg, hidden, head, batch)
+        loss, sample = distill(cfg, pairing, side, batch, teacher, teacher_head, stats)
         total = total + loss.total / counts[0]
         stats.add("jsd", loss.values.sum())
         on_policy = batch.on_policy[sample]
@@ -457,15 +467,19 @@ class Stats:
 # checkpoints and records
 
 
-def save_checkpoint(folder: Path, step: int, model, tokenizer, optimizer, extra: dict, keep: int) -> None:
+def save_model(folder: Path, model, tokenizer) -> None:
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_checkpoint(folder: Path, state: dict, model, tokenizer, keep: int) -> None:
     """Write step-N so that a kill at any instant leaves the previous checkpoint or this one, never half of one."""
-    final = folder / f"step-{step:06d}"
+    final = folder / f"step-{state['step']:06d}"
     temporary = folder / f".{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), **extra}, temporary / "trainer.pt")
+    save_model(temporary, model, tokenizer)
+    torch.save(state, temporary / "trainer.pt")
     for path in temporary.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -590,28 +604,30 @@ def load_data(cfg: Config, student: gold_data.Vocabulary, say) -> tuple[object, 
     return gold_buffer.RowStream(kept, cfg.seed), len(kept), held
 
 
-def say_example(row: gold_data.Row, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary | None, say) -> None:
-    """One row as both models will see it, and what the two do not agree on."""
-    say("student sees: " + repr(gold_data.render_prompt(student.tokenizer, row.prompt)))
-    say(f"  and ends with any of {[student.tokenizer.convert_ids_to_tokens(i) for i in student.ends]}")
-    if teacher is None:
-        return
-    say("teacher sees: " + repr(gold_data.render_prompt(teacher.tokenizer, row.prompt)))
-    say(f"  and ends with any of {[teacher.tokenizer.convert_ids_to_tokens(i) for i in teacher.ends]}")
-    if gold_data.same_vocabulary(student, teacher):
+def say_example(rows, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary | None, pairing, say) -> None:
+    """One row as both models will see it, and how well the two vocabularies meet."""
+    row = rows[0][2]
+    for name, vocabulary in (("student", student), ("teacher", teacher)):
+        if vocabulary is not None:
+            ends = [vocabulary.tokenizer.convert_ids_to_tokens(i) for i in vocabulary.ends]
+            say(f"{name} sees {gold_data.render_prompt(vocabulary.tokenizer, row.prompt)!r}, ends with any of {ends}")
+    if pairing is not None and pairing.loss == "jsd":
         prompts = [gold_data.encode_prompt(v.tokenizer, row.prompt) for v in (student, teacher)]
         if prompts[0] != prompts[1]:
-            say("  note: one vocabulary, but two chat templates; each model is prompted by its own")
-    elif student.bytes == teacher.bytes[: student.size]:
-        say("  note: same vocabulary, but different end tokens: compared as different tokenizers, ends by role")
+            say("note: one vocabulary, but two chat templates; each model is prompted by its own")
+    elif pairing is not None:
+        if student.bytes == teacher.bytes[: student.size]:
+            say("note: same vocabulary, but different end tokens: compared as different tokenizers, ends by role")
+        texts = [row.completion or row.prompt[-1]["content"] for row in (rows[i][2] for i in range(64))]
+        names = (v.tokenizer.name_or_path for v in (student, teacher))
+        gold_data.print_coverage(gold_data.coverage(student, teacher, texts), *names)
 
 
-def heldout_loss(cfg, held, encoder, student, head, pairing, teacher, teacher_head, autocast, ranks) -> float:
-    """Mean distillation loss per token on the held-out answers (at most eval_max_samples), all ranks together."""
+def heldout_loss(cfg, held, encoder, model, head, pairing, teacher, teacher_head, autocast, ranks) -> float:
+    """Mean loss per token on the held-out answers (at most eval_max_samples), all ranks together; no teacher: CE."""
     stats, size = Stats(), cfg.per_device_train_batch_size
-    mine = [row for row in held[: cfg.eval_max_samples] if row.completion][ranks.rank :: ranks.world_size]
     samples = []
-    for row in mine:
+    for row in [row for row in held if row.completion][: cfg.eval_max_samples][ranks.rank :: ranks.world_size]:
         prompt, teacher_prompt = encoder.prompts(row)
         ids, finished = encoder.completion(row.completion)
         samples.append(encoder.align(gold_data.Sample(prompt, ids, finished, False, teacher_prompt)))
@@ -619,156 +635,164 @@ def heldout_loss(cfg, held, encoder, student, head, pairing, teacher, teacher_he
     stats.add("tokens", float(sum(s.num_tokens for s in samples)))
     with torch.no_grad():
         for i in range(0, len(samples), size):
-            batch = gold_data.collate(samples[i : i + size]).to(ranks.device)
+            batch = gold_data.collate(samples[i : i + size], with_teacher=teacher is not None).to(ranks.device)
             with autocast:
-                hidden = student(batch.student_ids, batch.student_mask, batch.student_rows[batch.scored])
-            targets = batch.student_targets[batch.scored]
-            side = gold_loss.Side(hidden, head, targets, batch.student_span, cfg.loss_temperature)
-            stats.add("loss", distill(cfg, pairing, side, batch, teacher, teacher_head)[0].total)
+                hidden = model(batch.student_ids, batch.student_mask, batch.student_rows)
+            if teacher is None:
+                loss = gold_loss.fused_cross_entropy(gold_loss.Side(hidden, head, batch.student_targets))
+            else:
+                side = scored_side(cfg, hidden, head, batch)
+                loss, _ = distill(cfg, pairing, side, batch, teacher, teacher_head, stats)
+            stats.add("loss", loss.total)
     sums = stats.reduce(ranks.device)
     return sums["loss"] / max(1.0, sums["tokens"])
 
 
-def train(cfg: Config, ranks: Ranks, last: bool = True) -> dict:
-    """One run, from a configuration to a directory. Returns what the report needs; `last`: nothing follows it."""
-    check(cfg, ranks)
-    device, master, out = ranks.device, ranks.rank == 0, Path(cfg.output_dir)
-    say = tqdm.write if master else lambda text: None
-    torch.manual_seed(cfg.seed)
-    dtype = compute_dtype(cfg, device)
-    cuda_bf16 = device.type == "cuda" and dtype == torch.bfloat16
-    autocast = torch.autocast("cuda", torch.bfloat16) if cuda_bf16 else nullcontext()
+@contextmanager
+def one_clear_line():
+    """What a user can put right ends in one line and exit code 1; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"gold_train.py: {e}") from e
 
-    # vocabularies and data first: most mistakes show here, before any weights are read
-    student_vocabulary = load_vocabulary(cfg.student_model, cfg.student_revision)
-    teacher_vocabulary = load_vocabulary(cfg.teacher_model, cfg.teacher_revision) if cfg.teacher_model else None
-    pairing = pair(cfg, student_vocabulary, teacher_vocabulary, device) if teacher_vocabulary else None
-    cross = pairing is not None and pairing.loss != "jsd"
-    rows, rows_per_epoch, held = load_data(cfg, student_vocabulary, say)
-    if master:
-        say_example(rows[0][2], student_vocabulary, teacher_vocabulary, say)
-    if cross and master:
-        texts = [row.completion or row.prompt[-1]["content"] for row in (rows[i][2] for i in range(64))]
-        report = gold_data.coverage(student_vocabulary, teacher_vocabulary, texts)
-        gold_data.print_coverage(report, cfg.student_model, cfg.teacher_model)
 
-    schedule = gold_buffer.Schedule(
-        cfg.seed, cfg.lmbda, slots_per_window(cfg), cfg.num_generations, ranks.rank, ranks.world_size
-    )
-    max_steps = cfg.max_steps or schedule.steps_for(math.ceil(cfg.num_train_epochs * rows_per_epoch))
-    say(
-        f"loss: {pairing.loss if pairing else 'cross entropy only'}, beta {cfg.beta} (0 = KL(teacher||student), 1 = "
-        f"KL(student||teacher)), scale {cfg.jsd_scale}; lmbda {cfg.lmbda}; {max_steps} steps of "
-        f"{cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps * ranks.world_size} completions"
-    )
-
-    # models
-    latest = out / "checkpoints" / "latest"
-    source = str(latest) if cfg.resume else cfg.student_model
-    student = gold_buffer.load_model(source, None if cfg.resume else cfg.student_revision, torch.float32, device)
+def open_student(cfg: Config, ranks: Ranks):
+    """(causal LM with fp32 weights, its head, what DDP wraps it into)"""
+    source, revision = cfg.student_model, cfg.student_revision
+    if cfg.resume:
+        source, revision = str(Path(cfg.output_dir) / "checkpoints" / "latest"), None
+    student = gold_buffer.load_model(source, revision, torch.float32, ranks.device)
     for module in student.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # the teacher is matched as it is, and a resumed run needs no generator state
     student.train()
-    backbone, head_parts = gold_buffer.split_head(student)
-    head = gold_loss.Head(**head_parts)
+    backbone, head = gold_buffer.split_head(student)
     if cfg.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    teacher = teacher_head = None
-    if cfg.teacher_url is not None:
-        teacher = gold_buffer.ServedTeacher(cfg.teacher_url, cfg.teacher_model, teacher_vocabulary, cfg.teacher_top_k)
-        say(f"teacher: {cfg.teacher_url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
-    elif cfg.teacher_model is not None:
-        where = cfg.teacher_device or str(device)
-        load = functools.partial(gold_buffer.load_model, cfg.teacher_model, cfg.teacher_revision, dtype, where)
-        shared = cfg.teacher_device is not None and ranks.local_world_size > 1
-        teacher = gold_buffer.SharedTeacher(load, ranks.local_rank) if shared else gold_buffer.LocalTeacher(load())
-        on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in teacher.head.items()}
-        teacher_head = gold_loss.Head(**on_device)
     model = Student(student, torch.compile(backbone) if cfg.compile else backbone)
     if dist.is_initialized():
-        model = DistributedDataParallel(model, device_ids=[ranks.local_rank] if device.type == "cuda" else None)
+        model = DistributedDataParallel(model, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None)
+    return student, gold_loss.Head(**head), model
 
-    # sampler and windows
+
+def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, say):
+    """(teacher, its head on this rank's device): local, shared by the ranks of the node, or served"""
+    if cfg.teacher_model is None:
+        return None, None
+    if cfg.teacher_url is not None:
+        teacher = gold_buffer.ServedTeacher(cfg.teacher_url, cfg.teacher_model, vocabulary, cfg.teacher_top_k)
+        say(f"teacher: {cfg.teacher_url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
+        return teacher, None
+    where, dtype = cfg.teacher_device or str(ranks.device), compute_dtype(cfg, ranks.device)
+    load = functools.partial(gold_buffer.load_model, cfg.teacher_model, cfg.teacher_revision, dtype, where)
+    if cfg.teacher_device is not None and ranks.local_world_size > 1:
+        teacher = gold_buffer.SharedTeacher(load, ranks.local_rank, ranks.local_world_size)
+    else:
+        teacher = gold_buffer.LocalTeacher(load())
+    parts = {k: v.to(ranks.device) if isinstance(v, Tensor) else v for k, v in teacher.head.items()}
+    return teacher, gold_loss.Head(**parts)
+
+
+def open_sampler(cfg: Config, student, ends: tuple[int, ...], device: torch.device, say):
+    """Whoever writes the student's answers; None if lmbda is 0."""
+    if cfg.lmbda == 0:
+        return None
+    name, why = gold_buffer.choose_sampler(cfg.sampler)
+    say(f"sampler: {name} ({why}), lag {cfg.lag}")
     sampling = gold_buffer.Sampling(
-        cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, student_vocabulary.ends
+        cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, tuple(ends)
     )
-    sampler = None
-    if cfg.lmbda > 0:
-        name, why = gold_buffer.choose_sampler(cfg.sampler)
-        say(f"sampler: {name} ({why}), lag {cfg.lag}")
-        if name == "vllm":
-            sampler = gold_buffer.VLLMSampler(
-                cfg.student_model,
-                sampling,
-                cfg.max_length,
-                "bfloat16" if dtype == torch.bfloat16 else "float32",
-                cfg.vllm_memory,
-                cfg.vllm_tensor_parallel_size,
-                deadline=cfg.vllm_deadline,
-                sleep=cfg.vllm_sleep and cfg.lag == 0,
-                enforce_eager=cfg.vllm_enforce_eager,
-            )
-        else:
-            sampler = gold_buffer.HFSampler(student, sampling, own_copy=cfg.lag > 0, device=cfg.sampler_device)
-    encoder = gold_buffer.Encoder(
-        student_vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, cross and pairing.loss == "prefix"
-    )
-    answers = None
-    if cfg.seq_kd:
-        teacher_sampling = replace(sampling, end_ids=teacher_vocabulary.ends)
-        answers = gold_buffer.TeacherAnswers(
-            teacher, teacher_vocabulary, teacher_sampling, out / "seq_kd", ranks.rank, cfg.seed
-        )
-    buffer = gold_buffer.WindowBuffer(schedule, rows, encoder, sampler, student.state_dict, max_steps, cfg.lag, answers)
+    dtype = compute_dtype(cfg, device)
+    if name == "hf":
+        return gold_buffer.HFSampler(student, sampling, cfg.lag > 0, cfg.sampler_device, dtype)
+    return gold_buffer.VLLMSampler(
+        cfg.student_model, sampling, cfg.max_length, str(dtype).removeprefix("torch."), cfg.vllm_memory,
+        cfg.vllm_tensor_parallel_size, cfg.student_revision, deadline=cfg.vllm_deadline,
+        sleep=cfg.vllm_sleep and cfg.lag == 0, enforce_eager=cfg.vllm_enforce_eager,
+    )  # fmt: skip
 
-    # optimizer, and where a checkpoint left off
+
+def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
     matrices = [p for p in student.parameters() if p.dim() >= 2]
     vectors = [p for p in student.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
-    start_step, tokens_seen, best = 0, 0, {"value": -math.inf, "step": -1, "since": 0}
-    if cfg.resume:
-        saved = torch.load(latest / "trainer.pt", map_location="cpu", weights_only=False)
-        same_run = ("seed", "lmbda", "num_generations", "dataset", "subset", "split", "lag", "student_model")
-        changed = {k: (saved["config"][k], asdict(cfg)[k]) for k in same_run if saved["config"][k] != asdict(cfg)[k]}
-        if changed or saved["slots"] != slots_per_window(cfg) * ranks.world_size:
-            raise ValueError(f"--resume with other windows than the run has had: {changed or 'window size or ranks'}")
-        optimizer.load_state_dict(saved["optimizer"])
-        start_step, tokens_seen, best = saved["step"], saved["tokens_seen"], saved["best"]
-        buffer.load_state(saved["windows"][ranks.rank])
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+
+
+def restore(cfg: Config, ranks: Ranks, optimizer, buffer: gold_buffer.WindowBuffer) -> tuple[int, int]:
+    """(steps done, tokens trained) of the checkpoint. Raises ValueError if the run's windows have changed since."""
+    out = Path(cfg.output_dir)
+    saved = torch.load(out / "checkpoints" / "latest" / "trainer.pt", map_location="cpu", weights_only=False)
+    now = asdict(cfg) | {"slots": slots_per_window(cfg) * ranks.world_size, "world_size": ranks.world_size}
+    changed = {k: f"{saved['run'][k]} -> {now[k]}" for k in SAME_RUN if saved["run"][k] != now[k]}
+    if changed:
+        raise ValueError(f"--resume, but these decide what the windows of a run are, and they have changed: {changed}")
+    optimizer.load_state_dict(saved["optimizer"])
+    buffer.load_state(saved["windows"][ranks.rank])
+    if ranks.rank == 0:
+        for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
+            forget_after(out / name, saved["step"])
+    return saved["step"], saved["num_tokens"]
+
+
+SAME_RUN = (
+    "seed", "lmbda", "num_generations", "slots", "world_size", "dataset", "subset", "split", "lag", "student_model",
+    "max_steps",
+)  # fmt: skip
+
+
+def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
+    """One run, from a configuration to a directory. `last`: nothing that needs the process group follows.
+
+    Returns whether an evaluation failed (on rank 0).
+    """
+    device, master, out = ranks.device, ranks.rank == 0, Path(cfg.output_dir)
+    say = tqdm.write if master else lambda text: None
+    torch.manual_seed(cfg.seed)
+    bf16 = device.type == "cuda" and compute_dtype(cfg, device) == torch.bfloat16
+    autocast = torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext()
+
+    with one_clear_line():  # most mistakes show before any weights are read
+        check(cfg, ranks)
+        vocabulary = load_vocabulary(cfg.student_model, cfg.student_revision)
+        teacher_vocabulary = load_vocabulary(cfg.teacher_model, cfg.teacher_revision) if cfg.teacher_model else None
+        pairing = pair(cfg, vocabulary, teacher_vocabulary, device) if teacher_vocabulary else None
+        rows, rows_per_epoch, held = load_data(cfg, vocabulary, say)
         if master:
-            forget_after(out / "metrics.jsonl", start_step)
-            forget_after(out / "samples.jsonl", start_step)
-        say(f"resumed after step {start_step}")
+            say_example(rows, vocabulary, teacher_vocabulary, pairing, say)
+        slots = slots_per_window(cfg)
+        schedule = gold_buffer.Schedule(cfg.seed, cfg.lmbda, slots, cfg.num_generations, ranks.rank, ranks.world_size)
+        max_steps = cfg.max_steps or schedule.steps_for(math.ceil(cfg.num_train_epochs * rows_per_epoch))
+        say(
+            f"loss: {pairing.loss if pairing else 'cross entropy only'}, beta {cfg.beta} (0 = KL(teacher||student), "
+            f"1 = KL(student||teacher)), scale {cfg.jsd_scale}; lmbda {cfg.lmbda}; {max_steps} steps of "
+            f"{slots * cfg.num_generations * ranks.world_size} completions"
+        )
+        student, head, model = open_student(cfg, ranks)
+        teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
+        sampler = open_sampler(cfg, student, vocabulary.ends, device, say)
+        cross = pairing is not None and pairing.loss != "jsd"
+        encoder = gold_buffer.Encoder(
+            vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, cross and pairing.loss == "prefix"
+        )
+        answers = None
+        if cfg.seq_kd:
+            how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
+            answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
+        buffer = gold_buffer.WindowBuffer(
+            schedule, rows, encoder, sampler, student.state_dict, max_steps, cfg.lag, answers
+        )
+        optimizer, parameters = open_optimizer(cfg, student), sum(p.numel() for p in student.parameters())
+        step, num_tokens = restore(cfg, ranks, optimizer, buffer) if cfg.resume else (0, 0)
+        if cfg.resume:
+            say(f"resumed after step {step}")
+        records = Records(cfg, ranks, max_steps, step, student, say) if master else None
 
-    # records
-    evaluator, run, records = None, None, []
-    if master:
-        write_json(out / "config.json", asdict(cfg))
-        write_json(out / "environment.json", environment())
-        if cfg.eval_tasks:
-            evaluator = gold_eval.Evaluator(
-                cfg.student_model, cfg.eval_tasks, out, eval_device(cfg, ranks), policy=cfg.eval_policy,
-                timeout=cfg.eval_timeout, max_samples=cfg.eval_max_samples, num_samples=cfg.eval_num_samples,
-                temperature=cfg.eval_temperature, max_new_tokens=cfg.max_completion_length, engine=cfg.eval_engine,
-                seed=cfg.seed,
-            )  # fmt: skip
-            if cfg.teacher_model and not cfg.teacher_url and not cfg.resume:
-                evaluator.submit_model("teacher", cfg.teacher_model)
-            if not cfg.resume:
-                evaluator.submit(0, student.state_dict())
-        run = start_wandb(cfg, out)
-    flops = 6 * sum(p.numel() for p in student.parameters())
-    peak = next(
-        (x for name, x in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None
-    )
-
-    bar = tqdm(total=max_steps, initial=start_step, disable=not master, dynamic_ncols=True, unit="step")
-    step = start_step
-    while step < max_steps and not (cfg.early_stop and best["since"] >= cfg.early_stop):
-        started, stats = time.perf_counter(), Stats()
-        lr = get_lr(cfg, step, max_steps)
+    finished, trained = step >= max_steps, time.perf_counter()
+    while not finished:
+        started, stats, lr = time.perf_counter(), Stats(), get_lr(cfg, step, max_steps)
+        stats.mean("timing/other", torch.tensor([started - trained]))  # records, evaluation, checkpoint before
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -778,7 +802,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> dict:
         samples = sorted(window.samples, key=lambda s: -len(s.prompt_ids) - len(s.completion_ids))
         size = cfg.per_device_train_batch_size
         counts = count_tokens(samples, teacher is not None, device)
-        waited = time.perf_counter() - started
+        generated = time.perf_counter()
 
         for micro_step in range(cfg.gradient_accumulation_steps):
             part = samples[micro_step * size : (micro_step + 1) * size]
@@ -793,73 +817,50 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> dict:
         # 5) step
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm)
         if not grad_norm.isfinite():
-            raise FloatingPointError(
-                f"gradient norm {grad_norm.item()} at step {step}: the last checkpoint is still good"
-            )
+            raise FloatingPointError(f"gradient norm {grad_norm} at step {step}: the last checkpoint is still good")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
         # 6) log
-        row = log_row(cfg, step, lr, grad_norm, window, stats, counts, ranks)
-        tokens_seen += int(row["perf/tokens"])
-        row |= {"num_tokens": tokens_seen, "timing/wait": waited, "timing/step": time.perf_counter() - started}
-        row["perf/tokens_per_s"] = row.pop("perf/tokens") / row["timing/step"]
-        if peak:
-            row["perf/mfu/actor"] = flops * row["perf/positions"] / ranks.world_size / row["timing/step"] / peak
-        if held and (step % cfg.eval_steps == 0 if cfg.eval_steps else step == max_steps):
-            row["eval/heldout_loss"] = (
-                heldout_loss(cfg, held, encoder, model, head, pairing, teacher, teacher_head, autocast, ranks)
-                if teacher is not None
-                else None
+        trained = time.perf_counter()
+        stats.mean("timing/wait", torch.tensor([generated - started]))
+        stats.mean("timing/train", torch.tensor([trained - generated]))
+        stats.mean("timing/step", torch.tensor([trained - started]))
+        row = log_row(cfg, step, lr, grad_norm, window, stats, counts, parameters, ranks)
+        num_tokens = row["num_tokens"] = num_tokens + int(row.pop("tokens"))
+        finished = step == max_steps or stop_early(cfg, records, device)
+        due = finished or (cfg.eval_steps > 0 and step % cfg.eval_steps == 0)
+        if held and due:
+            row["eval/heldout_loss"] = heldout_loss(
+                cfg, held, encoder, model, head, pairing, teacher, teacher_head, autocast, ranks
             )
         if master:
-            append_json(out / "metrics.jsonl", row)
-            run.log({"train/step": step} | {k: v for k, v in row.items() if k != "step"})
+            records.log(row)
             if step == 1 or step % cfg.sample_steps == 0:
-                save_samples(out / "samples.jsonl", step, window, student_vocabulary)
-            bar.set_postfix_str(progress(row, records))
-            bar.update()
+                save_samples(out / "samples.jsonl", step, window, vocabulary)
 
-        # 7) evaluate: the child gets a copy of these weights; results arrive in a later poll
-        due = step == max_steps or (cfg.eval_steps and step % cfg.eval_steps == 0)
-        if evaluator is not None:
+            # 7) evaluate: the child gets a copy of these weights; results arrive in a later poll
             if due:
-                evaluator.submit(step, student.state_dict(), final=step == max_steps)
-                if cfg.save_best:
-                    student.save_pretrained(out / "candidates" / f"step-{step:06d}")
-            records += handle_records(cfg, evaluator.poll(), out, best, run, say)
-        if cfg.early_stop and dist.is_initialized():
-            best["since"] = int(sum_over_ranks([float(best["since"]) if master else 0.0], device)[0])
+                records.evaluate(step, student, vocabulary.tokenizer, final=finished)
+            records.poll()
 
         # 8) checkpoint: step, weights, optimizer and the windows made ahead are all the state there is
-        if step % cfg.save_steps == 0 or step == max_steps:
+        if step % cfg.save_steps == 0 or finished:
             windows = gather(buffer.state())
             if master:
-                extra = {"tokens_seen": tokens_seen, "best": best, "windows": windows, "config": asdict(cfg)}
-                extra["slots"] = slots_per_window(cfg) * ranks.world_size
-                tokenizer = student_vocabulary.tokenizer
-                save_checkpoint(out / "checkpoints", step, student, tokenizer, optimizer, extra, cfg.save_total_limit)
+                run = asdict(cfg) | {"slots": slots * ranks.world_size, "world_size": ranks.world_size}
+                state = {"step": step, "num_tokens": num_tokens, "windows": windows, "run": run}
+                state["optimizer"] = optimizer.state_dict()
+                save_checkpoint(out / "checkpoints", state, student, vocabulary.tokenizer, cfg.save_total_limit)
 
-    bar.close()
     buffer.close()
     if teacher is not None:
         teacher.close()
     if last and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()  # before the evaluations drain: nobody waits for rank 0 in a collective
-    failed = False
-    if evaluator is not None:
-        evaluator.close()
-        records += handle_records(cfg, evaluator.poll(), out, best, run, say)
-        say(evaluator.summary())
-        failed = any(r["status"] in ("error", "crashed", "timeout") for r in records)
-        shutil.rmtree(out / "candidates", ignore_errors=True)
-    if master:
-        run.finish()
-    if failed and cfg.eval_strict:
-        raise RuntimeError("--eval-strict: an evaluation failed, see eval.jsonl")
-    return {"step": step, "records": records, "checkpoint": str(out / "checkpoints" / "latest")}
+    return records.close() if master else False
 
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by the vendor
@@ -888,7 +889,7 @@ def count_tokens(samples: list[gold_data.Sample], scored: bool, device: torch.de
     return tuple(max(1.0, x) for x in sum_over_ranks([distilled, written], device))
 
 
-def log_row(cfg, step, lr, grad_norm, window, stats, counts, ranks) -> dict[str, float]:
+def log_row(cfg, step, lr, grad_norm, window, stats, counts, parameters, ranks) -> dict[str, float]:
     """Everything metrics.jsonl says about one step; README explains each."""
     samples = window.samples
     lengths = torch.tensor([float(len(s.completion_ids)) for s in samples])
@@ -896,8 +897,8 @@ def log_row(cfg, step, lr, grad_norm, window, stats, counts, ranks) -> dict[str,
     stats.mean("response_seq_len/truncated", torch.tensor([float(not s.finished) for s in samples]))
     stats.mean("gold/on_policy_ratio", torch.tensor([float(s.on_policy) for s in samples]))
     stats.mean("gold/staleness", torch.tensor([float(step - 1 - s.version) for s in samples if s.on_policy]))
-    stats.add("perf/tokens", float(lengths.sum()))
-    stats.add("perf/positions", float(lengths.sum() + sum(len(s.prompt_ids) for s in samples)))
+    stats.add("tokens", float(lengths.sum()))
+    stats.add("positions", float(lengths.sum() + sum(len(s.prompt_ids) for s in samples)))
     aligned = [s.alignment for s in samples if s.alignment is not None]
     if aligned:
         stats.add("bytes", float(sum(a.num_bytes for a in aligned)))
@@ -936,58 +937,148 @@ def log_row(cfg, step, lr, grad_norm, window, stats, counts, ranks) -> dict[str,
     if aligned:
         out["align/largest_span"] = largest[2]
         out["align/coverage"] = row.pop("scored_bytes") / max(1.0, row.pop("bytes"))
+    out["perf/tokens_per_s"] = row["tokens"] / row["timing/step"]
     if ranks.device.type == "cuda":
         out["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        peak = next((x for name, x in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), math.inf)
+        flops = 6 * parameters * row["positions"] / ranks.world_size
+        out["perf/mfu/actor"] = flops / row["timing/train"] / peak
+    row.pop("positions")
     return out | row
 
 
-def progress(row: dict, records: list[dict]) -> str:
-    text = f"loss {row['actor/loss']:.4f} |g| {row['actor/grad_norm']:.2f} len {row['response_seq_len/mean']:.0f}"
-    done = [r for r in records if r["status"] == "ok" and r["model"] == "student"]
-    if done:
-        name, value = gold_eval.headline(done[-1]["results"])
-        text += f" | {name} {value:.3f} at {done[-1]['step']}"
-    return text
-
-
-def save_samples(
-    path: Path, step: int, window: gold_buffer.Window, vocabulary: gold_data.Vocabulary, n: int = 4
-) -> None:
-    for s in window.samples[:n]:
+def save_samples(path: Path, step: int, window: gold_buffer.Window, vocabulary: gold_data.Vocabulary) -> None:
+    """A few completions of the window, as text."""
+    for s in window.samples[:4]:
         prompt, completion = (vocabulary.tokenizer.decode(ids) for ids in (s.prompt_ids, s.completion_ids))
         entry = {"step": step, "on_policy": s.on_policy, "finished": s.finished, "version": s.version}
         append_json(path, entry | {"prompt": prompt, "completion": completion})
 
 
-def handle_records(cfg: Config, records: list[dict], out: Path, best: dict, run, say) -> list[dict]:
-    """Log finished evaluations at their own step, and keep the best weights."""
-    for r in records:
-        name = "teacher" if r["step"] is None else f"step {r['step']}"
-        if r["status"] != "ok":
-            say(f"evaluation of {name}: {r['status']}: {r.get('error', '')}")
-            continue
-        say(f"evaluation of {name}: " + gold_eval.one_line(r["results"]))
-        if r["step"] is None:
-            continue
-        flat = {
-            f"eval/{task}/{k}": v
-            for task, m in r["results"].items()
-            for k, v in m.items()
-            if isinstance(v, int | float)
-        }
-        run.log({"eval/step": r["step"]} | flat)
-        if cfg.save_best and r["step"] > 0:
-            _, value = gold_eval.headline(r["results"], cfg.save_best)
-            candidate = out / "candidates" / f"step-{r['step']:06d}"
-            if value > best["value"]:
-                best.update(value=value, step=r["step"], since=0)
-                if candidate.exists():
-                    shutil.rmtree(out / "best", ignore_errors=True)
-                    candidate.rename(out / "best")
-            else:
-                best["since"] += 1
-                shutil.rmtree(candidate, ignore_errors=True)
-    return records
+class Records:
+    """What leaves the loop on rank 0: files, console line, wandb, evaluations, the best weights so far."""
+
+    def __init__(self, cfg: Config, ranks: Ranks, max_steps: int, step: int, student, say):
+        self.cfg, self.out, self.say = cfg, Path(cfg.output_dir), say
+        write_json(self.out / "config.json", asdict(cfg))
+        write_json(self.out / "environment.json", environment())
+        self.run = start_wandb(cfg)
+        self.bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, unit="step")
+        self.latest, self.best, self.since_best = "", -math.inf, 0
+        self.evaluator = None
+        if not cfg.eval_tasks:
+            return
+        self.evaluator = gold_eval.Evaluator(
+            cfg.student_model, cfg.eval_tasks, self.out, eval_device(cfg, ranks), policy=cfg.eval_policy,
+            timeout=cfg.eval_timeout, max_samples=cfg.eval_max_samples, num_samples=cfg.eval_num_samples,
+            temperature=cfg.eval_temperature, max_new_tokens=cfg.max_completion_length, engine=cfg.eval_engine,
+            seed=cfg.seed,
+        )  # fmt: skip
+        known = [r for r in gold_eval.read_jsonl(self.out / "eval.jsonl") if r["status"] == "ok"]  # before a resume
+        for record in known:
+            self._choose_best(record)
+        evaluated = {r["step"] for r in known}
+        if None not in evaluated and cfg.teacher_model and not cfg.teacher_url:
+            self.evaluator.submit_model("teacher", cfg.teacher_model)
+        if 0 not in evaluated:
+            first = student
+            if step > 0:
+                first = gold_buffer.load_model(cfg.student_model, cfg.student_revision, torch.float32, "cpu")
+            self.evaluator.submit(0, first.state_dict())
+        if step > 0 and step not in evaluated and (step == max_steps or cfg.eval_steps and step % cfg.eval_steps == 0):
+            self.evaluator.submit(step, student.state_dict(), final=step == max_steps)
+
+    def log(self, row: dict[str, float]) -> None:
+        append_json(self.out / "metrics.jsonl", row)
+        self.run.log({"train/step": row["step"]} | {k: v for k, v in row.items() if k != "step"})
+        text = f"loss {row['actor/loss']:.4f} |g| {row['actor/grad_norm']:.2f} len {row['response_seq_len/mean']:.0f}"
+        self.bar.set_postfix_str(text + self.latest)
+        self.bar.update()
+
+    def evaluate(self, step: int, student, tokenizer, final: bool) -> None:
+        if self.evaluator is not None:
+            self.evaluator.submit(step, student.state_dict(), final=final)
+            if self.cfg.save_best:
+                save_model(self._candidate(step), student, tokenizer)
+
+    def poll(self) -> None:
+        """Log finished evaluations, each at its own step, and keep the best weights."""
+        for r in self.evaluator.poll() if self.evaluator is not None else ():
+            name = r["model"] if r["step"] is None else f"step {r['step']}"
+            if r["status"] != "ok":
+                self.say(f"evaluation of {name}: {r['status']}: {r.get('error', '')}")
+                continue
+            self.say(f"evaluation of {name}: {gold_eval.one_line(r['results'])}")
+            prefix = "eval/teacher/" if r["step"] is None else "eval/"
+            flat = {prefix + k: v for k, v in gold_eval.flatten(r["results"]).items()}
+            self.run.log({"eval/step": r["step"] or 0} | flat)
+            if r["step"] is not None:
+                metric, value = gold_eval.headline(r["results"])
+                self.latest = f" | {metric} {value:.3f} at {r['step']}"
+            self._choose_best(r)
+
+    def _candidate(self, step: int) -> Path:
+        return self.out / "candidates" / f"step-{step:06d}"
+
+    def _choose_best(self, record: dict) -> None:
+        if not self.cfg.save_best or not record["step"]:
+            return
+        _, value = gold_eval.headline(record["results"], self.cfg.save_best)
+        candidate = self._candidate(record["step"])
+        self.since_best += 1
+        if value > self.best:
+            self.best, self.since_best = value, 0
+            if candidate.exists():
+                shutil.rmtree(self.out / "best", ignore_errors=True)
+                candidate.rename(self.out / "best")
+                write_json(self.out / "best" / "metric.json", {"step": record["step"], self.cfg.save_best: value})
+        shutil.rmtree(candidate, ignore_errors=True)
+
+    def close(self) -> bool:
+        """Wait for the evaluations that are still running. Returns whether any has failed."""
+        self.bar.close()
+        failures = 0
+        if self.evaluator is not None:
+            self.evaluator.close()
+            self.poll()
+            self.say(self.evaluator.summary())
+            failures = self.evaluator.failures
+            shutil.rmtree(self.out / "candidates", ignore_errors=True)
+        self.run.finish()
+        return failures > 0
+
+
+def stop_early(cfg: Config, records: Records | None, device: torch.device) -> bool:
+    """Whether the last `early_stop` evaluations brought nothing better; every rank is told what rank 0 knows."""
+    if not cfg.early_stop:
+        return False
+    return sum_over_ranks([float(records.since_best) if records else 0.0], device)[0] >= cfg.early_stop
+
+
+def run_report(out: Path, others: dict[str, Path]) -> str:
+    """Markdown: teacher, student before and after, and how other runs ended; also report.md and plots in `out`."""
+
+    def evaluations(folder: Path) -> list[tuple[int | None, dict]]:
+        return [(r["step"], r["results"]) for r in gold_eval.read_jsonl(folder / "eval.jsonl") if r["status"] == "ok"]
+
+    ends = {"teacher": None, "student before": None, "student after": None}
+    for step, results in evaluations(out):
+        ends[{None: "teacher", 0: "student before"}.get(step, "student after")] = results
+    for name, folder in others.items():
+        ends[name] = evaluations(folder)[-1][1]
+    models = {name: results for name, results in ends.items() if results is not None}
+    gold_eval.plot_runs([out, *others.values()], out / "curves.png")
+    text = f"Curves: {out / 'curves.png'}\n"
+    if models:
+        gold_eval.plot_classes(models, out / "classes.png")
+        text = f"{gold_eval.report(models)}\n{text}"
+    score = {name: gold_eval.headline(results)[1] for name, results in models.items()}
+    gap = score.pop("teacher", math.nan) - (before := score.pop("student before", math.nan))
+    if gap > 0:
+        closed = ", ".join(f"{(x - before) / gap:.0%} ({name})" for name, x in score.items())
+        text = f"{text}Share of the gap from student before to teacher that was closed: {closed}\n"
+    (out / "report.md").write_text(text)
+    return text
 
 
 class NoRun:
@@ -1000,12 +1091,13 @@ class NoRun:
         pass
 
 
-def start_wandb(cfg: Config, out: Path):
+def start_wandb(cfg: Config):
     """A wandb run that accepts late evaluations: no row is ever logged with step=, each has a step of its own."""
     if cfg.wandb_mode == "disabled":
         return NoRun()
     import wandb
 
+    out = Path(cfg.output_dir)
     run = wandb.init(
         project=cfg.wandb_project, name=cfg.wandb_name or out.name, mode=cfg.wandb_mode, config=asdict(cfg), dir=out
     )
@@ -1013,6 +1105,7 @@ def start_wandb(cfg: Config, out: Path):
     run.define_metric("eval/step", hidden=True)
     run.define_metric("*", step_metric="train/step")
     run.define_metric("eval/*", step_metric="eval/step")
+    run.define_metric("eval/heldout_loss", step_metric="train/step")
     return run
 
 
@@ -1072,45 +1165,63 @@ def make_model(folder: Path, texts: list[str], bytes_level: bool, hidden: int, l
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def embedded(cfg: Config, ranks: Ranks) -> None:
+EMBEDDED = Config(
+    dataset="countdown-mini", split="train[:4000]", max_length=96, max_completion_length=64,
+    per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=300, learning_rate=2e-3, weight_decay=0.01,
+    eval_tasks=("countdown-mini",), eval_steps=100, eval_max_samples=512, save_steps=100, output_dir="out/embedded",
+)  # fmt: skip
+
+
+def embedded(cfg: Config, ranks: Ranks) -> bool:
     """Teacher from scratch by this same loop, a weaker student, GOLD between them, and a table of all of them."""
     out = Path(cfg.output_dir)
-    if ranks.rank == 0 and not (out / "student-init").exists():
+    with one_clear_line():
+        if (out / "gold" / "checkpoints").exists() and not cfg.resume:
+            raise ValueError(f"{out} holds a run already: --resume it, or choose another --output-dir")
+    if ranks.rank == 0 and not (out / "student-init" / "config.json").exists():
         rows = gold_data.make_countdown(2000, mini=True)
         texts = [f"{row['prompt'][0]['content']}\n{row['completion']}" for row in rows]
         make_model(out / "teacher-init", texts, True, hidden=96, layers=4, seed=cfg.seed)
         make_model(out / "student-init", texts, False, hidden=96, layers=3, seed=cfg.seed + 1)
     if dist.is_initialized():
         dist.barrier()
-    shared = {"max_length": 96, "max_completion_length": 64, "weight_decay": 0.01}
-    alone = {"teacher_model": None, "lmbda": 0.0, "ce_weight": 1.0, "eval_tasks": (), "lag": 0, "resume": False}
-    size = max(1, 64 // ranks.world_size)
-    small = replace(
-        cfg, dataset="countdown-mini", per_device_train_batch_size=size, gradient_accumulation_steps=1, **shared
-    )
-    for name, steps, lr, split in (
-        ("teacher", 600, 3e-3, "train[:16000]"),
-        ("student", 160, 3e-3, "train[:256]"),
-    ):
-        if not (out / name / "checkpoints" / "latest").exists():
-            train(
-                replace(
-                    small, **alone, student_model=str(out / f"{name}-init"), output_dir=str(out / name), split=split,
-                    max_steps=steps, learning_rate=lr,
-                ),
-                ranks, last=False,
-            )  # fmt: skip
+    cfg = replace(cfg, per_device_train_batch_size=max(1, cfg.per_device_train_batch_size // ranks.world_size))
+    alone = replace(cfg, teacher_model=None, lmbda=0.0, ce_weight=1.0, lag=0, sampler_device=None)
+    school = replace(alone, eval_tasks=(), learning_rate=3e-3)
+    teacher, student = (str(out / name / "checkpoints" / "latest") for name in ("teacher", "student"))
+    stages = {
+        "teacher": replace(school, student_model=str(out / "teacher-init"), split="train[:16000]", max_steps=600),
+        "student": replace(school, student_model=str(out / "student-init"), split="train[:256]", max_steps=160),
+        "control": replace(alone, student_model=student),
+        "gold": replace(cfg, student_model=student, teacher_model=teacher),
+    }
+    if not cfg.control:
+        del stages["control"]
+    failed = False
+    for name, stage in stages.items():
+        started = (out / name / "checkpoints" / "latest").exists()  # a finished stage has nothing left to do
+        failed |= train(replace(stage, output_dir=str(out / name), resume=started), ranks, last=name == "gold")
+    if ranks.rank == 0:
+        print(run_report(out / "gold", {"answers alone": out / "control"} if cfg.control else {}))
+    return failed
 
 
-def main(cfg: Config) -> None:
-    ranks = setup_ranks()
+def main() -> None:
+    import tyro
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of weights being loaded and saved: ours is the only bar
+    cfg = tyro.cli(Config, description=__doc__)
     if cfg.student_model is None:
-        embedded(cfg, ranks)
-    else:
-        train(cfg, ranks)
+        cfg = tyro.cli(Config, default=EMBEDDED, description=__doc__)
+    ranks = setup_ranks()
+    run = embedded if cfg.student_model is None else train
+    failed = run(cfg, ranks)
+    if ranks.rank == 0 and cfg.student_model is not None:
+        print(run_report(Path(cfg.output_dir), {}))
+    if failed and cfg.eval_strict:
+        raise SystemExit("gold_train.py: --eval-strict: an evaluation failed, see eval.jsonl")
 
 
 if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config, description=__doc__))
+    main()
