@@ -10,16 +10,24 @@ This file knows nothing about losses, the optimizer, evaluation, or wandb.
 """
 
 import contextlib
+import copy
+import functools
+import gc
+import http.client
 import importlib.util
 import json
+import math
+import multiprocessing
 import os
+import queue
 import random
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -69,18 +77,25 @@ class HFSampler:
 
     Args:
         model: a causal LM; with `own_copy` it is copied (windows are sampled while the original is trained).
+        device: of the copy; a device of its own lets sampling and training overlap.
+        dtype: of the copy, and of computations on a GPU.
         max_batch_tokens: rows are decoded together as long as rows x longest stays below.
     """
 
-    def __init__(self, model, sampling: Sampling, own_copy: bool = False, device=None, max_batch_tokens: int = 2**17):
+    collective = False  # a rank without requests need not take part
+
+    def __init__(
+        self, model, sampling: Sampling, own_copy: bool = False, device=None, dtype=torch.float32,
+        max_batch_tokens: int = 2**17,
+    ):  # fmt: skip
         self.sampling, self.max_batch_tokens, self.version = sampling, max_batch_tokens, 0
         self.own_copy = own_copy or device is not None
+        self.device = torch.device(device or next(model.parameters()).device)
         if self.own_copy:
-            import copy
-
-            device = device or next(model.parameters()).device
-            model = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+            model = copy.deepcopy(model).to(self.device, dtype).eval().requires_grad_(False)
         self.model = model
+        on = self.device.type == "cuda" and dtype == torch.bfloat16
+        self.autocast = torch.autocast("cuda", torch.bfloat16) if on else contextlib.nullcontext()
 
     def load_weights(self, weights: dict[str, Tensor], version: int) -> None:
         """Sample from these weights from now on. Without an own copy the model *is* the trained one."""
@@ -90,10 +105,12 @@ class HFSampler:
 
     def generate(self, requests: list[Request]) -> list[Rollout]:
         rollouts: dict[int, Rollout] = {}
+        was_training = self.model.training
+        self.model.eval()
         for batch in self._batches(requests):
             for i, (ids, logprobs) in zip(batch, self._decode([requests[i] for i in batch])):
-                finished = bool(ids) and ids[-1] in self.sampling.end_ids
-                rollouts[i] = Rollout(ids, logprobs, finished, self.version)
+                rollouts[i] = Rollout(ids, logprobs, ids[-1] in self.sampling.end_ids, self.version)
+        self.model.train(was_training)
         return [rollouts[i] for i in range(len(requests))]
 
     def _batches(self, requests: list[Request]) -> Iterator[list[int]]:
@@ -112,58 +129,49 @@ class HFSampler:
     def _decode(self, requests: list[Request]) -> list[tuple[list[int], list[float]]]:
         from transformers import DynamicCache
 
-        s, model = self.sampling, self.model
-        device = next(model.parameters()).device
-        was_training = model.training
-        model.eval()
+        s, put = self.sampling, functools.partial(torch.tensor, device=self.device)
         width = max(len(r.prompt_ids) for r in requests)
         pad = [width - len(r.prompt_ids) for r in requests]  # on the left
-        ids = torch.tensor([[0] * p + r.prompt_ids for p, r in zip(pad, requests)], device=device)
-        mask = torch.tensor([[0] * p + [1] * (width - p) for p in pad], device=device)
+        ids = put([[0] * p + r.prompt_ids for p, r in zip(pad, requests)])
+        mask = put([[0] * p + [1] * (width - p) for p in pad])
         position = (mask.cumsum(1) - 1).clamp_min(0)
-        uniform = torch.from_numpy(
+        uniform = put(
             np.stack([np.random.Generator(np.random.Philox(r.seed)).random(s.max_new_tokens) for r in requests])
-        ).to(device)
-        ends = torch.tensor(s.end_ids, device=device, dtype=torch.long)
-        alive = torch.arange(len(requests), device=device)  # rows still being decoded
-        cache, steps = DynamicCache(config=model.config), []
-        autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-        for t in range(s.max_new_tokens):
-            with autocast:
-                out = model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=position,
-                    past_key_values=cache,
-                    use_cache=True,
+        )
+        ends, alive = put(s.end_ids, dtype=torch.long), torch.arange(len(requests), device=self.device)
+        cache, steps = DynamicCache(config=self.model.config), []
+        with self.autocast:  # one context for all steps: it keeps the weights it has cast
+            for t in range(s.max_new_tokens):
+                z = self.model(
+                    input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
                     logits_to_keep=1,
-                )
-            z = out.logits[:, -1].float()
-            token = _draw(z, uniform[alive, t], s)
-            logprob = z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)
-            steps.append((alive, token, logprob))
-            going = ~torch.isin(token, ends)
-            if not going.all():
-                keep = going.nonzero()[:, 0]
-                if not len(keep):
-                    break
-                cache.batch_select_indices(keep)
-                alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
-            ids, position = token[:, None], position[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        model.train(was_training)
+                ).logits[:, -1].float()  # fmt: skip
+                token = _draw(z, uniform[alive, t], s)
+                steps.append((alive, token, z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)))
+                going = ~torch.isin(token, ends)
+                if not going.all():  # rows that have ended leave the batch
+                    keep = going.nonzero()[:, 0]
+                    if not len(keep):
+                        break
+                    cache.batch_select_indices(keep)
+                    alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
+                ids, position = token[:, None], position[:, -1:] + 1
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         out = [([], []) for _ in requests]
-        for rows, tokens, logprobs in steps:
-            for row, token, logprob in zip(rows.tolist(), tokens.tolist(), logprobs.tolist()):
+        for step in steps:
+            for row, token, logprob in zip(*(x.tolist() for x in step)):
                 out[row][0].append(token)
                 out[row][1].append(logprob)
         return out
 
+    def check(self) -> None:
+        """Nothing here can hang."""
+
     def sleep(self) -> None:
-        pass
+        """It has no memory to give back."""
 
     def close(self) -> None:
-        pass
+        """Nothing to end."""
 
 
 def _draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
@@ -188,8 +196,7 @@ def _draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
 def keep_rng():
     """vLLM seeds python, numpy and torch when an engine starts, and draws from torch's generator to sample."""
     python, numpy_state = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
             yield
         finally:
@@ -202,128 +209,123 @@ class VLLMSampler:
 
     The engine starts with random weights: the first load_weights is the first time it can say anything sensible, so a
     forgotten synchronisation cannot go unnoticed. Under torchrun the process group must exist first: the constructor
-    is collective. Any exception of the engine is final; it cannot be used after one.
+    is collective. Any exception of the engine is final: it may hold half of the weights or requests nobody waits for.
 
     Args:
-        model_dir: directory with config.json; no weights are read from it.
+        model: directory or Hub id; only its configuration is read.
         max_model_len: prompt + completion tokens.
         memory: KV cache size in bytes if > 1, share of the device's memory if <= 1.
-        deadline: seconds after which one generate call raises TimeoutError with the unfinished requests.
+        deadline: seconds after which one call raises TimeoutError with the unfinished requests.
         sleep: give the engine's memory back between windows (level 2: weights are dropped, each window loads new ones).
     """
 
     def __init__(
-        self,
-        model_dir: str,
-        sampling: Sampling,
-        max_model_len: int,
-        dtype: str,
-        memory: float,
-        tensor_parallel: int = 1,
-        max_num_seqs: int = 256,
-        deadline: float = 1800.0,
-        sleep: bool = False,
+        self, model: str, sampling: Sampling, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
+        revision: str | None = None, max_num_seqs: int = 256, deadline: float = 1800.0, sleep: bool = False,
         enforce_eager: bool = False,
-    ):
+    ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are the same for good and bad weights
         from vllm import LLM
 
         self.sampling, self.max_model_len, self.deadline, self.version = sampling, max_model_len, deadline, -1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.until, self.late, self.dead = math.inf, [], False
+        self.collective = tensor_parallel > 1  # every rank of an engine must make every call
         self.group = None
-        if tensor_parallel > 1:  # every rank of an engine gives it the same requests
-            for first in range(0, dist.get_world_size(), tensor_parallel):
-                members = list(range(first, first + tensor_parallel))
-                group = dist.new_group(members, backend="gloo")
-                if self.rank in members:
-                    self.group = group
+        if self.collective:
+            self.group, _ = dist.new_subgroups(tensor_parallel, backend="gloo")
         self.use_sleep = sleep and torch.cuda.is_available()  # the CPU engine has no sleep mode
         self.asleep = False
-        extra = {"distributed_executor_backend": "external_launcher"} if dist.is_initialized() else {}
+        self.had_group = dist.is_initialized()
+        extra = {"distributed_executor_backend": "external_launcher"} if self.had_group else {}
         extra |= {"kv_cache_memory_bytes": int(memory)} if memory > 1 else {"gpu_memory_utilization": memory}
+        environment, set_num_threads = dict(os.environ), torch.set_num_threads
         with keep_rng():
             self.llm = LLM(
-                model=model_dir,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                tensor_parallel_size=tensor_parallel,
-                max_num_seqs=max_num_seqs,
+                model=model, revision=revision, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+                tensor_parallel_size=tensor_parallel, enforce_eager=enforce_eager, enable_sleep_mode=self.use_sleep,
                 max_num_batched_tokens=max(4096, max_model_len),  # larger ones mislead the memory profiler
-                enforce_eager=enforce_eager,
-                enable_sleep_mode=self.use_sleep,
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                generation_config="vllm",
-                **extra,
-            )
+                load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", **extra,
+            )  # fmt: skip
+        torch.set_num_threads = set_num_threads  # the CPU engine replaces it, and writes to the environment
+        for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD"):
+            os.environ.pop(name, None)
+            os.environ.update({k: v for k, v in environment.items() if k == name})
 
     def load_weights(self, weights: dict[str, Tensor], version: int) -> None:
-        """Replace all weights, in one call: a partial reload leaves the other shards of fused layers empty."""
-        if self.asleep:
-            self.llm.wake_up(["weights"])
-        stream = iter({k: v.detach() for k, v in weights.items()}.items())
-        with keep_rng():
+        """Replace all weights, in one call: a partial reload leaves the other shards of fused layers empty.
+
+        Args: weights: a state dict, where a tied head has its own entry; parameter lists leave the old head in place.
+        """
+        with self._engine():
+            if self.asleep:
+                self.llm.wake_up(["weights"])
+            stream = iter([(k, v.detach()) for k, v in weights.items()])
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
-        if self.asleep:
-            self.llm.wake_up(["kv_cache"])
-            self.asleep = False
-        if not self.llm.reset_prefix_cache():  # its blocks were computed by the old weights
-            raise RuntimeError("vLLM kept its prefix cache: requests are still running while weights are loaded")
-        self.llm.update_weight_version(str(version))
-        self.version = version
+            if self.asleep:
+                self.llm.wake_up(["kv_cache"])
+                self.asleep = False
+            if not self.llm.reset_prefix_cache():  # its blocks were computed by the old weights
+                raise RuntimeError("vLLM kept its prefix cache: requests are still running while weights are loaded")
+            self.llm.update_weight_version(str(version))
+            self.version = version
 
     def generate(self, requests: list[Request]) -> list[Rollout]:
         if self.version < 0:
             raise RuntimeError("load_weights before generate: the engine holds random weights")
-        everyone = [requests]
-        if self.group is not None:
-            everyone = [None] * dist.get_world_size(self.group)
-            dist.all_gather_object(everyone, requests, group=self.group)
-        mine = dist.get_rank(self.group) if self.group is not None else 0
-        outs = self._run([r for part in everyone for r in part])
-        first = sum(len(part) for part in everyone[:mine])
-        return outs[first : first + len(requests)]
+        if not self.collective:
+            return self._run(requests) if requests else []
+        parts: list = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(parts, requests, group=self.group)  # every rank of an engine gives it all requests
+        everything, before = sum(parts, []), sum(map(len, parts[: dist.get_rank(self.group)]))
+        return self._run(everything)[before : before + len(requests)] if everything else []
 
     def _run(self, requests: list[Request]) -> list[Rollout]:
         from vllm import SamplingParams
 
-        s = self.sampling
+        s, done = self.sampling, {}
         params = [
             SamplingParams(
-                temperature=s.temperature,
-                top_p=s.top_p,
-                top_k=s.top_k,
-                min_p=s.min_p,
+                temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p, seed=r.seed,
                 max_tokens=min(s.max_new_tokens, self.max_model_len - len(r.prompt_ids)),
-                stop_token_ids=list(s.end_ids),
-                logprobs=0,  # of the sampled token
-                detokenize=False,
-                seed=r.seed,
-            )
-            for r in requests
-        ]
-        with keep_rng():
+                stop_token_ids=list(s.end_ids), ignore_eos=True,  # these end ids, whatever the model's own files say
+                logprobs=0, detokenize=False,  # of the sampled token
+            ) for r in requests
+        ]  # fmt: skip
+        with self._engine():
             names = self.llm.enqueue([{"prompt_token_ids": r.prompt_ids} for r in requests], params, use_tqdm=False)
-            engine, until, done = self.llm.llm_engine, time.monotonic() + self.deadline, {}
-            while engine.has_unfinished_requests():
-                for out in engine.step():
-                    if out.finished:
-                        done[out.request_id] = out
-                if time.monotonic() > until:
-                    late = [i for i, name in enumerate(names) if name not in done]
-                    raise TimeoutError(
-                        f"vLLM has not finished {len(late)} of {len(names)} requests after {self.deadline:.0f} s "
-                        f"(window positions {late[:20]}): raise --vllm-deadline or lower --max-completion-length"
-                    )
-        rollouts = []
-        for name in names:
-            c = done[name].outputs[0]
-            logprobs = [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
-            version = int(c.weight_versions[0].version) if c.weight_versions else self.version
-            rollouts.append(Rollout(list(c.token_ids), logprobs, c.finish_reason == "stop", version))
-        return rollouts
+            names = [name.rpartition("-")[0] for name in names]  # outputs are named without the random part
+            self.late = list(range(len(names)))
+            while len(done) < len(names):
+                done |= {out.request_id: out.outputs[0] for out in self.llm.llm_engine.step() if out.finished}
+                self.late = [i for i, name in enumerate(names) if name not in done]
+                self.check()
+        return [
+            Rollout(
+                list(c.token_ids), [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)],
+                c.finish_reason == "stop", int(c.weight_versions[0].version),
+            ) for c in map(done.get, names)
+        ]  # fmt: skip
+
+    @contextlib.contextmanager
+    def _engine(self):
+        """Around every use of the engine."""
+        if self.dead:
+            raise RuntimeError("the vLLM engine cannot be used any more: an earlier call failed")
+        self.until, self.late, self.dead = time.monotonic() + self.deadline, [], True
+        with keep_rng():
+            yield
+        self.until, self.dead = math.inf, False
+
+    def check(self) -> None:
+        """Raises TimeoutError if a call is past its deadline; from another thread when the engine itself hangs."""
+        if time.monotonic() > self.until:
+            what = f"{len(self.late)} requests (positions {self.late[:20]})" if self.late else "loading weights"
+            raise TimeoutError(
+                f"vLLM has not finished {what} after {self.deadline:.0f} s: raise --vllm-deadline or lower "
+                "--max-completion-length. The last checkpoint goes on with --resume."
+            )
 
     def sleep(self) -> None:
         """Between the last generate of a window and the next load_weights."""
@@ -332,7 +334,15 @@ class VLLMSampler:
             self.asleep = True
 
     def close(self) -> None:
+        """End the engine. The default process group, which vLLM's own shutdown destroys, stays if it was here first."""
+        from vllm.distributed import parallel_state
+        from vllm.v1.engine import core
+
+        if self.had_group:
+            core.cleanup_dist_env_and_memory = parallel_state.destroy_model_parallel
         self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
 
 
 def choose_sampler(sampler: str) -> tuple[str, str]:
@@ -495,76 +505,81 @@ class Encoder:
 
 
 class WindowBuffer:
-    """Makes windows, `lag` of them ahead of training.
+    """Makes windows, `lag` of them ahead of training, in a thread of its own: the only one that uses the engine.
 
     Args:
         rows: RowStream or StreamedRows.
         sampler: answers on-policy prompts; None if lmbda is 0.
-        teacher_answers: for seq_kd, (epoch, index, row) of off-policy rows -> completions written by the teacher.
         weights_of: () -> the student's state dict, as the sampler wants it.
         last_step: no window is made from this step on.
+        teacher_answers: for seq_kd, (epoch, index, row) of off-policy rows -> completions written by the teacher.
     """
 
     def __init__(
-        self,
-        schedule: Schedule,
-        rows,
-        encoder: Encoder,
-        sampler,
-        weights_of,
-        last_step: int,
-        lag: int = 0,
+        self, schedule: Schedule, rows, encoder: Encoder, sampler, weights_of, last_step: int, lag: int = 0,
         teacher_answers=None,
-    ):
+    ):  # fmt: skip
         self.schedule, self.rows, self.encoder, self.sampler = schedule, rows, encoder, sampler
         self.weights_of, self.last_step, self.lag, self.teacher_answers = weights_of, last_step, lag, teacher_answers
         self.pending: dict[int, Future] = {}
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="sampler")  # owns the engine: one thing at a time
+        self.queue: queue.SimpleQueue = queue.SimpleQueue()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None  # each thread has its own
+        threading.Thread(target=self._work, args=(device,), daemon=True, name="sampler").start()
+
+    def _work(self, device: int | None) -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+        for future, args in iter(self.queue.get, None):
+            try:
+                future.set_result(self.make(*args))
+            except BaseException as e:  # noqa: BLE001  raised by get
+                future.set_exception(e)
 
     def get(self, step: int) -> Window:
         """The window of this step. Called before the step trains, with the weights of `step` finished optimizer steps.
 
-        Starts the windows up to step + lag from these weights; exceptions of their making are raised here.
+        Starts the windows up to step + lag from these weights. Raises what the making of any window has raised.
         """
-        for ahead in range(step, min(step + self.lag, self.last_step - 1) + 1):
-            if ahead not in self.pending:
-                slots = self.schedule.draw(ahead)
-                weights = None
-                if any(slot.on_policy for slot in slots):
-                    weights = self.weights_of()
-                    if self.lag:  # training goes on while they are used
-                        weights = {k: v.detach().clone() for k, v in weights.items()}
-                if self.lag:
-                    self.pending[ahead] = self.pool.submit(self.make, ahead, slots, weights, step)
-                else:
-                    self.pending[ahead] = Future()
-                    self.pending[ahead].set_result(self.make(ahead, slots, weights, step))
+        new = [s for s in range(step, min(step + self.lag + 1, self.last_step)) if s not in self.pending]
+        drawn = {s: self.schedule.draw(s) for s in new}
+        weights = None
+        if drawn and self.sampler is not None:
+            weights = self.weights_of()
+            if self.lag:  # training goes on while they are used
+                weights = {k: v.detach().clone() for k, v in weights.items()}
+        for ahead, slots in drawn.items():
+            self.pending[ahead] = Future()
+            self.queue.put((self.pending[ahead], (ahead, slots, weights, step)))
+        while not wait([self.pending[step]], timeout=1.0).done:
+            if self.sampler:
+                self.sampler.check()  # the thread cannot, if it hangs inside the engine
+        for future in [f for f in self.pending.values() if f.done()]:
+            future.result()
         return self.pending.pop(step).result()
 
     def make(self, step: int, slots: list[Slot], weights: dict[str, Tensor] | None, version: int) -> Window:
-        start, seconds = time.perf_counter(), {"sync": 0.0}
-        samples: list[Sample] = []
+        """The window of `step`, sampled from `weights`, those of `version` finished steps."""
+        start, seconds, samples = time.perf_counter(), {"sync": 0.0}, []
         requests: list[tuple[Sample, Request]] = []
         answers: list[tuple[Sample, tuple[int, int, Row]]] = []
         for slot in slots:
             found = [self.rows[position] for position in slot.rows]
             for j, seed in enumerate(slot.seeds):
-                epoch, index, row = found[0 if slot.on_policy else j]
-                prompt, teacher_prompt = self.encoder.prompts(row)
-                sample = Sample(prompt, [], False, slot.on_policy, teacher_prompt, version=step, row=index)
-                samples.append(sample)
+                where = found[0 if slot.on_policy else j]
+                prompt, teacher_prompt = self.encoder.prompts(where[2])
+                samples.append(Sample(prompt, [], False, slot.on_policy, teacher_prompt, version=step, row=where[1]))
                 if slot.on_policy:
-                    requests.append((sample, Request(prompt, seed)))
+                    requests.append((samples[-1], Request(prompt, seed)))
                 else:
-                    answers.append((sample, (epoch, index, row)))
-        if requests or (weights is not None):
+                    answers.append((samples[-1], where))
+        if requests or (self.sampler and self.sampler.collective):
             self.sampler.load_weights(weights, version)
             seconds["sync"] = time.perf_counter() - start
             for (sample, _), rollout in zip(requests, self.sampler.generate([r for _, r in requests])):
                 sample.completion_ids, sample.finished = rollout.completion_ids, rollout.finished
                 sample.logprobs, sample.version = rollout.logprobs, rollout.version
             self.sampler.sleep()
-        texts = [(where[2].completion, True) for _, where in answers]
+        texts = [(row.completion, True) for _, (_, _, row) in answers]
         if self.teacher_answers is not None:
             texts = self.teacher_answers([where for _, where in answers])
         for (sample, _), (text, whole) in zip(answers, texts):
@@ -576,21 +591,19 @@ class WindowBuffer:
 
     def state(self) -> list[dict]:
         """Windows made ahead and not yet trained; waits for those being made. Part of a checkpoint."""
-        windows = []
-        for future in self.pending.values():
-            window = future.result()
-            samples = [{k: v for k, v in vars(s).items() if k != "alignment"} for s in window.samples]
-            windows.append({"step": window.step, "version": window.version, "samples": samples})
-        return windows
+        windows = [future.result() for future in self.pending.values()]
+        return [vars(w) | {"samples": [vars(s) | {"alignment": None} for s in w.samples]} for w in windows]
 
     def load_state(self, windows: list[dict]) -> None:
         for w in windows:
             samples = [self.encoder.align(Sample(**s)) for s in w["samples"]]
             self.pending[w["step"]] = Future()
-            self.pending[w["step"]].set_result(Window(w["step"], samples, w["version"], {"sync": 0.0, "generate": 0.0}))
+            self.pending[w["step"]].set_result(Window(**w | {"samples": samples}))
 
     def close(self) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        """End the thread and the engine. Windows that nobody asked for any more are made to the end first."""
+        wait(self.pending.values())
+        self.queue.put(None)
         if self.sampler is not None:
             self.sampler.close()
 
@@ -659,11 +672,24 @@ class LocalTeacher:
         pass
 
 
-def _serve_teacher(load, address: str, key: bytes) -> None:
-    """The process that owns the node's teacher: answers one request after the other until everybody has left."""
-    teacher = LocalTeacher(load())
-    listener = Listener(address, family="AF_UNIX", authkey=key, backlog=64)
-    lock, clients, first_came = threading.Lock(), [0], threading.Event()
+def _pack(x):
+    """A tensor as bytes (numpy has no bfloat16, and sharing torch's memory needs the sender to live on)."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.detach().cpu().contiguous()
+    return x.view(torch.uint8).numpy().tobytes(), str(x.dtype).removeprefix("torch."), tuple(x.shape)
+
+
+def _unpack(packed):
+    if not isinstance(packed, tuple):
+        return packed
+    data, dtype, shape = packed
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(getattr(torch, dtype)).view(shape)
+
+
+def _serve_teacher(load, address: str, key: bytes, clients: int, parent: int) -> None:
+    """The process that owns the node's teacher: answers until all `clients` ranks have left or `parent` is gone."""
+    teacher, lock, left = LocalTeacher(load()), threading.Lock(), threading.Semaphore(0)
 
     def answer(connection) -> None:
         with contextlib.suppress(EOFError, OSError):  # the client has gone
@@ -672,38 +698,24 @@ def _serve_teacher(load, address: str, key: bytes) -> None:
                 try:
                     with lock:
                         if name == "head":
-                            result = {k: _pack(v) if isinstance(v, Tensor) else v for k, v in teacher.head.items()}
+                            result = {k: _pack(v) for k, v in teacher.head.items()}
                         elif name == "hidden":
-                            result = _pack(teacher.hidden(*map(torch.from_numpy, args)))
+                            result = _pack(teacher.hidden(*map(_unpack, args)))
                         else:
                             result = teacher.generate(*args)
                     connection.send((True, result))
                 except Exception as e:  # noqa: BLE001  the rank that asked raises it
                     connection.send((False, f"{type(e).__name__}: {e}"))
-        clients[0] -= 1
+        left.release()
 
     def accept() -> None:
-        while True:
-            connection = listener.accept()
-            clients[0] += 1
-            first_came.set()
-            threading.Thread(target=answer, args=(connection,), daemon=True).start()
+        listener = Listener(address, family="AF_UNIX", authkey=key, backlog=64)
+        for _ in range(clients):
+            threading.Thread(target=answer, args=(listener.accept(),), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
-    first_came.wait()
-    while clients[0] > 0 and os.getppid() != 1:
-        time.sleep(0.2)
-
-
-def _pack(x: Tensor) -> tuple[np.ndarray, str]:
-    """A tensor as bytes: numpy has no bfloat16."""
-    x = x.detach().cpu().contiguous()
-    return x.view(torch.uint8).numpy(), str(x.dtype).removeprefix("torch."), tuple(x.shape)
-
-
-def _unpack(packed: tuple) -> Tensor:
-    data, dtype, shape = packed
-    return torch.from_numpy(data.copy()).view(getattr(torch, dtype)).view(shape)
+    while clients and os.getppid() == parent:
+        clients -= left.acquire(timeout=0.5)
 
 
 class SharedTeacher:
@@ -713,58 +725,59 @@ class SharedTeacher:
 
     Args:
         load: () -> the model on its device; picklable. Called in the new process only.
+        timeout: seconds for loading, and for each answer.
     """
 
-    def __init__(self, load, local_rank: int, timeout: float = 1800.0):
-        self.process = None
-        address = [None]
+    def __init__(self, load, local_rank: int, local_world_size: int, timeout: float = 1800.0):
+        self.timeout, self.lock = timeout, threading.Lock()  # seq_kd asks from the sampler's thread
+        self.process, here = None, None
         if local_rank == 0:
-            import multiprocessing
-            import tempfile
-
-            folder = Path(tempfile.mkdtemp(prefix="gold-teacher-"))
-            address = [(str(folder / "socket"), os.urandom(16))]
-            spawn = multiprocessing.get_context("spawn")
-            self.process = spawn.Process(target=_serve_teacher, args=(load, *address[0]), daemon=True)
+            self.folder = tempfile.TemporaryDirectory(prefix="gold-teacher-")
+            here = (f"{self.folder.name}/socket", os.urandom(16))
+            args, spawn = (load, *here, local_world_size, os.getpid()), multiprocessing.get_context("spawn")
+            self.process = spawn.Process(target=_serve_teacher, args=args, daemon=True)
             self.process.start()
-        if dist.is_initialized():  # every node has its own: find the one whose address was made here
-            found = [None] * dist.get_world_size()
-            dist.all_gather_object(found, (os.environ.get("GROUP_RANK", "0"), address[0]))
-            address = [a for node, a in found if node == os.environ.get("GROUP_RANK", "0") and a is not None]
-        until = time.monotonic() + timeout
-        while True:
+        if dist.is_initialized():  # of all addresses, the one that was made on this node
+            found, node = [None] * dist.get_world_size(), os.environ.get("GROUP_RANK")
+            dist.all_gather_object(found, (node, here))
+            here = next(address for n, address in found if n == node and address is not None)
+        until, self.connection = time.monotonic() + timeout, None
+        while self.connection is None:
             if self.process is not None and not self.process.is_alive():
                 raise RuntimeError(f"the teacher's process ended with exit code {self.process.exitcode} while loading")
+            if time.monotonic() > until:
+                raise TimeoutError(f"the teacher was not ready after {timeout:.0f} s")
             try:
-                self.connection = Client(address[0][0], family="AF_UNIX", authkey=address[0][1])
-                break
+                self.connection = Client(here[0], family="AF_UNIX", authkey=here[1])
             except (FileNotFoundError, ConnectionRefusedError):
-                if time.monotonic() > until:
-                    raise TimeoutError(f"the teacher was not ready after {timeout:.0f} s") from None
                 time.sleep(0.1)
-        self.head = {k: _unpack(v) if isinstance(v, tuple) else v for k, v in self._ask("head").items()}
-        self.device = torch.device("cpu")
+        self.head = {k: _unpack(v) for k, v in self._ask("head").items()}
 
     def _ask(self, name: str, *args):
-        try:
-            self.connection.send((name, args))
-            ok, result = self.connection.recv()
-        except (EOFError, OSError) as e:
-            raise RuntimeError("the teacher's process has died: its own output says why") from e
+        with self.lock:
+            try:
+                self.connection.send((name, args))
+                if not self.connection.poll(self.timeout):
+                    raise TimeoutError(f"the teacher's process did not answer in {self.timeout:.0f} s")
+                ok, result = self.connection.recv()
+            except (EOFError, ConnectionError) as e:
+                raise RuntimeError("the teacher's process has died: its own output says why") from e
         if not ok:
             raise RuntimeError(f"the teacher's process failed: {result}")
         return result
 
     def hidden(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        return _unpack(self._ask("hidden", *(x.cpu().numpy() for x in (ids, mask, rows))))
+        return _unpack(self._ask("hidden", *map(_pack, (ids, mask, rows))))
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         return self._ask("generate", requests, sampling)
 
     def close(self) -> None:
+        """Leave; the process ends when every rank has left."""
         self.connection.close()
         if self.process is not None:
             self.process.join(10)
+            self.folder.cleanup()
 
 
 class ServedTeacher:
@@ -777,64 +790,69 @@ class ServedTeacher:
     Args:
         url: http://host:port
         model: what the server is expected to serve, as a name or directory.
-        k: how many tokens per position.
-    Raises: ConnectionError if the server cannot be reached, ValueError if it serves something else.
+        k: how many tokens per position; at most the server's --max-logprobs.
+        timeout: seconds of one try; there are retries + 1, with pauses of 0.5, 1, 2, .. up to 20 seconds.
+    Raises: ConnectionError if the server cannot be reached, ValueError if it serves or answers something else.
     """
 
     def __init__(self, url: str, model: str, vocabulary: Vocabulary, k: int, timeout: float = 120.0, retries: int = 4):
         self.url, self.k, self.timeout, self.retries, self.size = url.rstrip("/"), k, timeout, retries, vocabulary.size
         self.pool = ThreadPoolExecutor(16, thread_name_prefix="teacher")
-        served = self._call("/v1/models")["data"][0]
-        self.model, self.max_length = served["id"], served.get("max_model_len")
-        names = {str(served["id"]).rstrip("/"), str(served.get("root", "")).rstrip("/")}
-        if model.rstrip("/") not in names and Path(model).name not in {Path(n).name for n in names}:
+        served = self._ask("/v1/models", "data")[0]
+        self.model, self.max_length = served["id"], served.get("max_model_len") or math.inf
+        names = {Path(served["id"]).name, Path(served.get("root") or "").name}
+        if Path(model).name not in names:
             raise ValueError(f"{url} serves {self.model}, but --teacher-model is {model}: they must be the same model")
         text = "The quick brown fox: 12 + 34 = 46, caf\u00e9."
-        ids, _ = vocabulary.encode(text.encode())
-        theirs = self._call("/tokenize", {"model": self.model, "prompt": text, "add_special_tokens": False})["tokens"]
-        if theirs != vocabulary.tokenizer(text, add_special_tokens=False)["input_ids"]:
-            raise ValueError(f"{url} tokenises differently from --teacher-model {model}: {theirs} is not {ids}")
-        first, second = (self._score_one(ids, 1) for _ in range(2))
+        ours = vocabulary.tokenizer(text, add_special_tokens=False)["input_ids"]
+        body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        if (theirs := self._ask("/tokenize", "tokens", body)) != ours:
+            raise ValueError(f"{url} tokenises differently from --teacher-model {model}: {theirs} is not {ours}")
+        first, second = (self._score_one(ours, 1) for _ in range(2))
         self.nondeterminism = float(np.abs(first[0] - second[0]).max())
 
-    def _call(self, path: str, body: dict | None = None):
+    def _ask(self, path: str, wanted: str, body: dict | None = None):
+        """The entry `wanted` of the answer."""
         data = None if body is None else json.dumps(body).encode()
         for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(min(0.5 * 2.0 ** (attempt - 1), 20))
             request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    return json.loads(reply.read())
+                    answer = json.loads(reply.read())
             except urllib.error.HTTPError as e:
-                if e.code < 500:  # asking again would not help
-                    raise ValueError(
-                        f"{self.url}{path} refused: {e.code} {e.read()[:500].decode(errors='replace')}"
-                    ) from e
-                error = e
-            except (urllib.error.URLError, TimeoutError, ConnectionError, json.JSONDecodeError) as e:
-                error = e
-            if attempt < self.retries:
-                time.sleep(min(2.0**attempt * 0.5, 20))
+                error = f"{e.code} {e.read()[:500].decode(errors='replace')}"
+                if e.code < 500 and e.code not in (408, 429):  # asking again would not help
+                    raise ValueError(f"{self.url}{path} refused: {error}") from e
+            except (OSError, http.client.HTTPException, json.JSONDecodeError) as e:
+                error = f"{type(e).__name__}: {e}"
+            else:
+                if wanted not in answer:
+                    raise ValueError(f"{self.url}{path} answered without {wanted!r}: {str(answer)[:200]}; is it vLLM?")
+                return answer[wanted]
         raise ConnectionError(
             f"the teacher at {self.url} did not answer {path} in {self.retries + 1} tries of {self.timeout:.0f} s: "
             f"{error}. Is it running (README, A served teacher)? The last checkpoint goes on with --resume."
         )
 
+    def _complete(self, ids: list[int], **settings) -> dict:
+        body = {"model": self.model, "prompt": ids, "add_special_tokens": False, "return_token_ids": True} | settings
+        if len(ids) + settings["max_tokens"] > self.max_length:
+            raise ValueError(
+                f"{len(ids)} teacher tokens + {settings['max_tokens']} are more than {self.url} takes: "
+                "restart it with a larger --max-model-len, or lower --max-length"
+            )
+        choice = self._ask("/v1/completions", "choices", body)[0]
+        if (read := choice.get("prompt_token_ids")) != ids:
+            raise ValueError(f"{self.url} read other tokens than it was sent: {read} for {ids}")
+        return choice
+
     def _score_one(self, ids: list[int], first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(own (n,), top ids (n, k), their log probabilities (n, k)) of the tokens ids[first:]."""
-        body = {
-            "model": self.model,
-            "prompt": ids,
-            "max_tokens": 1,
-            "temperature": 1.0,
-            "prompt_logprobs": self.k,
-            "add_special_tokens": False,
-            "return_token_ids": True,
-        }
-        choice = self._call("/v1/completions", body)["choices"][0]
-        entries = choice.get("prompt_logprobs")
-        if entries is None or len(entries) != len(ids):
-            got = "none" if entries is None else len(entries)
-            raise ValueError(f"{self.url} returned {got} prompt log probabilities for {len(ids)} tokens")
+        entries = self._complete(ids, max_tokens=1, prompt_logprobs=self.k).get("prompt_logprobs") or []
+        if len(entries) != len(ids):
+            raise ValueError(f"{self.url} returned {len(entries)} prompt log probabilities for {len(ids)} tokens")
         own, top_ids, top = [], [], []
         for position in range(first, len(ids)):
             entry = {int(i): e for i, e in entries[position].items()}
@@ -852,25 +870,15 @@ class ServedTeacher:
     def score(self, sequences: list[list[int]], firsts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Own (N,), top ids (N, k), their log probabilities (N, k) of tokens firsts[i].. of each sequence, in a row."""
         parts = list(self.pool.map(self._score_one, sequences, firsts))
-        own, ids, top = (np.concatenate(x) for x in zip(*parts))
-        return torch.from_numpy(own), torch.from_numpy(ids), torch.from_numpy(top)
+        return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*parts))
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        def one(request: Request) -> Rollout:
-            body = {
-                "model": self.model,
-                "prompt": request.prompt_ids,
-                "max_tokens": sampling.max_new_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "stop_token_ids": list(sampling.end_ids),
-                "seed": request.seed,
-                "return_token_ids": True,
-            }
-            choice = self._call("/v1/completions", body)["choices"][0]
-            return Rollout(list(choice["token_ids"]), [], choice["finish_reason"] == "stop", 0)
-
-        return list(self.pool.map(one, requests))
+        s = sampling
+        settings = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p}
+        settings |= {"max_tokens": s.max_new_tokens, "stop_token_ids": list(s.end_ids), "ignore_eos": True}
+        asked = [self.pool.submit(self._complete, r.prompt_ids, seed=r.seed, **settings) for r in requests]
+        choices = [future.result() for future in asked]
+        return [Rollout(list(c["token_ids"]), [], c["finish_reason"] == "stop", 0) for c in choices]
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
@@ -890,22 +898,25 @@ class TeacherAnswers:
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("epoch-*.jsonl")):
             for line in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a line that a killed run did not finish
+                with contextlib.suppress(json.JSONDecodeError):  # what a killed run did not finish
                     entry = json.loads(line)
                     self.known[entry["epoch"], entry["row"]] = (entry["completion"], entry["finished"])
 
     def __call__(self, wanted: list[tuple[int, int, Row]]) -> list[tuple[str, bool]]:
         """(text, whether the teacher ended it) for each (epoch, index, row)."""
-        new = list({(epoch, index): row for epoch, index, row in wanted if (epoch, index) not in self.known}.items())
-        if new:
-            prompts = [gold_data.encode_prompt(self.vocabulary.tokenizer, row.prompt) for _, row in new]
-            seeds = [int(np.random.SeedSequence([self.seed, 4, *where]).generate_state(1)[0]) for where, _ in new]
-            rollouts = self.teacher.generate([Request(p, s) for p, s in zip(prompts, seeds)], self.sampling)
-            for ((epoch, index), _), rollout in zip(new, rollouts):
-                content = rollout.completion_ids[:-1] if rollout.finished else rollout.completion_ids
-                text = self.vocabulary.join(content).decode(errors="replace")
-                self.known[epoch, index] = (text, rollout.finished)
-                entry = {"epoch": epoch, "row": index, "completion": text, "finished": rollout.finished}
-                with (self.folder / f"epoch-{epoch}.rank-{self.rank}.jsonl").open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
+        new = {(epoch, index): row for epoch, index, row in wanted if (epoch, index) not in self.known}
+        requests = [
+            Request(
+                gold_data.encode_prompt(self.vocabulary.tokenizer, row.prompt),
+                int(np.random.SeedSequence([self.seed, 4, *where]).generate_state(1)[0]),
+            ) for where, row in new.items()
+        ]  # fmt: skip
+        rollouts = self.teacher.generate(requests, self.sampling) if requests else []
+        for (epoch, index), r in zip(new, rollouts):
+            content = self.vocabulary.join(r.completion_ids[: len(r.completion_ids) - r.finished])
+            text = content.decode(errors="replace")
+            self.known[epoch, index] = (text, r.finished)
+            entry = {"epoch": epoch, "row": index, "completion": text, "finished": r.finished}
+            with (self.folder / f"epoch-{epoch}.rank-{self.rank}.jsonl").open("a") as file:
+                file.write("\n" + json.dumps(entry))  # in front, so that a torn line spoils no other
         return [self.known[epoch, index] for epoch, index, _ in wanted]
