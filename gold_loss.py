@@ -679,13 +679,18 @@ class Queries:
 
 
 NARROW = 16  # ranges of up to this many tokens are summed directly, wider ones by differences of a running sum
+TINY = 1e-200  # stands for a probability too small to see, where 0 would say that the text cannot be written
 
 
-def _range_logmass(side: Side, q: Queries, chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy (N,), log mass (E,) of each query's range, log next-byte law (F, 257) of the full rows; float64."""
+def _range_masses(side: Side, q: Queries, chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy (N,), log mass (E,) of each query's range, next-byte law (F, 257) of the full rows; float64.
+
+    What the vocabulary can write is never 0, what it cannot write is exactly 0.
+    """
     steps = torch.arange(NARROW, device=q.row.device)
     rows_up_to = torch.arange(side.hidden.size(0) + 1, device=q.row.device)
     query_bound, full_bound = (torch.searchsorted(r, rows_up_to).tolist() for r in (q.row, q.full_row))
+    writable = q.edge.diff() > 0
 
     def feature_fn(logp, rows):
         part = slice(query_bound[rows.start], query_bound[rows.stop])
@@ -696,20 +701,17 @@ def _range_logmass(side: Side, q: Queries, chunk: int | None) -> tuple[Tensor, T
         narrow = (hi - lo <= NARROW).nonzero()[:, 0]
         a, b = lo[narrow, None] + steps, hi[narrow, None]
         few = logp[row[narrow, None], a.clamp(max=logp.size(1) - 1)].double().masked_fill(a >= b, -math.inf)
-        mass = mass.clamp_min(1e-300).log().index_copy(0, narrow, few.logsumexp(-1))
+        mass = mass.clamp_min(TINY).log().index_copy(0, narrow, few.logsumexp(-1))
         full = q.full_row[full_bound[rows.start] : full_bound[rows.stop]] - rows.start
-        law = running[full][:, q.edge].diff(dim=1).clamp_min(1e-300).log()
-        return mass, law.masked_fill(q.edge.diff() == 0, -math.inf)
+        return mass, running[full][:, q.edge].diff(dim=1).clamp_min(TINY) * writable
 
     return _row_features(feature_fn, side, chunk)
 
 
-def _slot_logsumexp(x: Tensor, slot: Tensor, num_slots: int) -> Tensor:
-    """log sum exp of x (E,) over each slot (num_slots,); -inf where nothing falls."""
-    top = x.new_full((num_slots,), -math.inf).scatter_reduce(0, slot, x.detach(), "amax")
-    top = torch.where(top.isfinite(), top, 0.0)
-    total = x.new_zeros(num_slots).index_add(0, slot, (x - top[slot]).exp())
-    return (torch.where(total > 0, total, 1.0).log() + top).masked_fill(total == 0, -math.inf)
+def _segment_logsumexp(x: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """log sum exp of x (E,) over each segment (num_segments,), none of which is empty."""
+    top = x.new_full((num_segments,), -math.inf).scatter_reduce(0, segment, x.detach(), "amax")
+    return x.new_zeros(num_segments).index_add(0, segment, (x - top[segment]).exp()).log() + top
 
 
 def prefix_loss(
@@ -739,31 +741,35 @@ def prefix_loss(
     """
     if student.temperature != 1.0 or teacher.temperature != 1.0:
         raise ValueError("prefix_loss multiplies conditional laws, which is only a law of text at temperature 1")
-    num_outcomes, num_slots = offset.numel(), offset.numel() + num_offsets + 1
-    bytes_and_end = torch.arange(257, device=offset.device)
+    num_outcomes = offset.numel()
 
-    def log_law(side: Side, q: Queries) -> tuple[Tensor, dict[str, Tensor]]:
-        entropy, mass, full = _range_logmass(side, q, chunk)
+    def text_law(side: Side, q: Queries) -> tuple[Tensor, dict[str, Tensor]]:
+        """Probabilities (O,) of the outcomes: sums of path times range, over the total of the outcome's offset."""
+        entropy, mass, full = _range_masses(side, q, chunk)
         own = mass[q.path]
         before = own.cumsum(0) - own  # (N,) log probability of all earlier tokens of the batch
         log_path = before - before[q.start]
-        x = torch.cat([log_path[q.row] + mass, (log_path[q.full_row, None] + full).flatten()])
-        slot = torch.cat([q.slot, (q.full_slot[:, None] + bytes_and_end).flatten()])
-        x = _slot_logsumexp(x, slot, num_slots)
-        return x[:num_outcomes] - x[num_outcomes + offset], {"entropy": entropy, "logprob": own.detach()}
+        joint, slot = log_path[q.row] + mass, q.slot - num_outcomes
+        totals = (slot >= 0) & (slot < num_offsets)
+        log_total = _segment_logsumexp(joint[totals], slot[totals], num_offsets)
+        named = (slot < 0).nonzero()[:, 0]
+        part = (joint[named] - log_total[offset[q.slot[named]]]).clamp_min(math.log(TINY)).exp()
+        full = full * (log_path[q.full_row] - log_total[offset[q.full_slot]]).exp()[:, None]
+        full_slot = q.full_slot[:, None] + torch.arange(257, device=offset.device)
+        law = full.new_zeros(num_outcomes).index_add(0, full_slot.flatten(), full.flatten())
+        return law.index_add(0, q.slot[named], part), {"entropy": entropy, "logprob": own.detach()}
 
-    logq, stats = log_law(student, student_queries)
+    student_law, stats = text_law(student, student_queries)
     with torch.no_grad():
-        logp, _ = log_law(teacher, teacher_queries)
+        teacher_law, _ = text_law(teacher, teacher_queries)
 
     # what one vocabulary cannot write at all is part of "anything else" for both
-    shared = logq.isfinite() & logp.isfinite()
-    logq, logp, offset = logq[shared], logp[shared], offset[shared]
+    shared = ((student_law > 0) & (teacher_law > 0)).nonzero()[:, 0]
+    logq, logp, offset = student_law[shared].log(), teacher_law[shared].log(), offset[shared]
 
-    def anything_else(logs):
-        total = logs.new_zeros(num_offsets).index_add(0, offset, logs.exp())
-        return (1 - total).clamp_min(1e-12).log()
+    def anything_else(law):
+        return (1 - law.new_zeros(num_offsets).index_add(0, offset, law[shared])).clamp_min(1e-12).log()
 
-    values = divergence(anything_else(logp), anything_else(logq), beta, scale)
+    values = divergence(anything_else(teacher_law), anything_else(student_law), beta, scale)
     values = values.index_add(0, offset, divergence(logp, logq, beta, scale))
     return Loss(values.sum(), values.detach(), stats)

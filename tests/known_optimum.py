@@ -3,10 +3,16 @@
 Letters follow a Markov chain. The student is a table over single letters; the teacher is the *exact* law of the same
 text, written in letters and merged strings with the longest match first. A loss is unbiased if a student that starts
 at the truth stays there, and one that starts anywhere reaches it.
+
+python tests/known_optimum.py        trains with every loss, prints a table and draws assets/known_optimum.png
 """
 
 import itertools
 import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
@@ -124,69 +130,57 @@ LOSSES = ("ce", "uld", "hybrid", "bins", "alm", "bins+alm", "prefix")
 class Problem:
     def __init__(self, source: Source, merges: set[tuple[int, ...]], texts: int = 192, length: int = 16):
         rng = random.Random(1)
-        self.source, self.teacher = source, Teacher(source, merges)
+        self.source, tokens = source, Teacher(source, merges)
         word = lambda w: "".join(LETTERS[c] for c in w).encode()
-        self.student_vocabulary = LetterVocabulary([word((c,)) for c in range(len(LETTERS))])
-        self.teacher_vocabulary = LetterVocabulary([word(t) for t in self.teacher.tokens])
-        bins = gold_data.shared_bins(self.student_vocabulary, self.teacher_vocabulary)
-        self.bins = (torch.tensor(bins[0]), torch.tensor(bins[1]), bins[2])
-        self.match = tuple(map(torch.tensor, gold_data.shared_ids(self.student_vocabulary, self.teacher_vocabulary)))
-        self.samples, self.contexts, self.laws = [], [], []
+        both = (
+            LetterVocabulary([word((c,)) for c in range(len(LETTERS))]),
+            LetterVocabulary([word(t) for t in tokens.tokens]),
+        )
+        samples, contexts, laws = [], [], []
         for _ in range(texts):
             state, letters = source.sample(length, rng)
-            ids = self.teacher.tokenize(letters)
-            student_ends = np.arange(1, length + 1)
-            teacher_ends = np.cumsum([len(self.teacher.tokens[i]) for i in ids])
-            span_s, span_t, num_spans = gold_data.spans(student_ends, teacher_ends)
-            queries = gold_data.prefix_queries(
-                self.student_vocabulary, self.teacher_vocabulary, letters, ids, word(letters), ended=False
-            )
-            alignment = gold_data.Alignment(ids, length, len(ids), span_s, span_t, num_spans, length, length, queries)
-            self.samples.append(gold_data.Sample([0], letters, False, True, [0], alignment=alignment))
-            self.contexts.append([source.step(state, letters[:i]) for i in range(length)])
-            self.laws.append(self.teacher.path(state, ids))
-        laws = torch.tensor(np.array(self.teacher.laws))
-        logits = torch.cat([laws, torch.zeros(len(laws), 1, dtype=torch.float64)], 1).clamp_min(1e-30).log()
-        self.teacher_head = gold_loss.Head(logits.T.contiguous())  # hidden states are one-hot: logits by lookup
-        self.teacher_hidden = torch.eye(len(laws), dtype=torch.float64)
-        self.student_hidden = torch.eye(source.num_states, dtype=torch.float64)
+            ids = tokens.tokenize(letters)
+            ends = np.arange(1, length + 1), np.cumsum([len(tokens.tokens[i]) for i in ids])
+            queries = gold_data.prefix_queries(*both, letters, ids, word(letters), ended=False)
+            alignment = gold_data.Alignment(ids, length, len(ids), *gold_data.spans(*ends), length, length, queries)
+            samples.append(gold_data.Sample([0], letters, False, True, [0], alignment=alignment))
+            contexts += [source.step(state, letters[:i]) for i in range(length)]
+            laws += tokens.path(state, ids)
+        self.batch = gold_data.collate(samples)
+        # hidden states are one-hot: logits by lookup
+        self.student_hidden = torch.eye(source.num_states, dtype=torch.float64)[contexts]
+        table = torch.tensor(np.array(tokens.laws))
+        table = torch.cat([table, torch.zeros(len(table), 1, dtype=torch.float64)], 1).clamp_min(1e-30).log()
+        hidden, head = torch.eye(len(table), dtype=torch.float64)[laws], gold_loss.Head(table.T.contiguous())
+        self.teacher = gold_loss.Side(hidden, head, self.batch.teacher_targets, self.batch.teacher_span)
+        self.teacher_logprobs = gold_loss.token_logprobs(self.teacher)[0]
+        bins = gold_data.shared_bins(*both)
+        self.bins = (torch.tensor(bins[0]), torch.tensor(bins[1]), bins[2])
+        self.match = tuple(map(torch.tensor, gold_data.shared_ids(*both)))
+        self.queries = [
+            gold_loss.Queries(order=torch.tensor(v.order), edge=torch.tensor(v.edge), **q)
+            for v, q in zip(both, (self.batch.student_queries, self.batch.teacher_queries))
+        ]
 
-    def loss(self, name: str, weight: torch.Tensor, picks: list[int], beta: float) -> torch.Tensor:
-        """Sum over the picked texts divided by their letters; weight (letters + 1, states) is the student."""
-        batch = gold_data.collate([self.samples[i] for i in picks])
-        student = gold_loss.Side(
-            self.student_hidden[sum((self.contexts[i] for i in picks), [])],
-            gold_loss.Head(weight),
-            batch.student_targets,
-            batch.student_span,
-        )
-        teacher = gold_loss.Side(
-            self.teacher_hidden[sum((self.laws[i] for i in picks), [])],
-            self.teacher_head,
-            batch.teacher_targets,
-            batch.teacher_span,
-        )
+    def loss(self, name: str, weight: torch.Tensor, beta: float) -> torch.Tensor:
+        """Loss per letter over all texts; weight (letters + 1, states) is the student."""
+        batch = self.batch
+        student = gold_loss.Side(self.student_hidden, gold_loss.Head(weight), batch.student_targets, batch.student_span)
+        teacher = self.teacher
         if name == "prefix":
-            vocabularies = (self.student_vocabulary, self.teacher_vocabulary)
-            queries = [
-                gold_loss.Queries(order=torch.tensor(v.order), edge=torch.tensor(v.edge), **q)
-                for v, q in zip(vocabularies, (batch.student_queries, batch.teacher_queries))
-            ]
             loss = gold_loss.prefix_loss(
-                student, teacher, *queries, batch.offset, len(batch.offset_sample), beta=beta
+                student, teacher, *self.queries, batch.offset, len(batch.offset_sample), beta=beta
             ).total
         elif name == "ce":
             loss = gold_loss.fused_cross_entropy(student).total
-        elif name == "alm":
-            loss = gold_loss.alm_loss(student, gold_loss.token_logprobs(teacher)[0], teacher.span).total
-        elif name == "uld":
-            loss = gold_loss.uld_loss(student, teacher).total
-        elif name == "hybrid":
-            loss = gold_loss.uld_loss(student, teacher, self.match, beta=beta).total
-        elif name in ("bins", "bins+alm"):
-            loss = gold_loss.bins_loss(student, teacher, *self.bins, beta=beta).total
-            if name == "bins+alm":
-                loss = loss + gold_loss.alm_loss(student, gold_loss.token_logprobs(teacher)[0], teacher.span).total
+        elif name in ("uld", "hybrid"):
+            loss = gold_loss.uld_loss(student, teacher, self.match if name == "hybrid" else None, beta=beta).total
+        else:
+            loss = 0.0
+            if "bins" in name:
+                loss = loss + gold_loss.bins_loss(student, teacher, *self.bins, beta=beta).total
+            if "alm" in name:
+                loss = loss + gold_loss.alm_loss(student, self.teacher_logprobs, teacher.span).total
         return loss / len(batch.student_targets)
 
     def train(self, name: str, start: str, beta: float = 0.5, steps: int = 300, lr: float = 0.05) -> float:
@@ -197,22 +191,79 @@ class Problem:
             table = torch.randn(states, size, generator=torch.Generator().manual_seed(0)).double()
         end = torch.full((states, 1), -30.0, dtype=torch.float64)  # texts never end here
         weight = torch.cat([table, end], 1).T.contiguous().requires_grad_()
-        optimizer, rng = torch.optim.Adam([weight], lr=lr), random.Random(5)
+        optimizer = torch.optim.Adam([weight], lr=lr)
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             optimizer.zero_grad()
-            self.loss(name, weight, rng.sample(range(len(self.samples)), min(64, len(self.samples))), beta).backward()
+            self.loss(name, weight, beta).backward()
             optimizer.step()
         return self.source.kl(weight.detach().T[:, :size])
 
 
-def merge_sets(source: Source) -> dict[str, set[tuple[int, ...]]]:
-    """The vocabularies of the test: letters plus these."""
+# setting: (order of the source, vocabulary of the teacher)
+SETTINGS = {
+    "2 pairs": (1, "2 pairs"),
+    "8 pairs": (1, "8 pairs"),
+    "lengths 2-4": (1, "lengths 2-4"),
+    "lengths 3-4, prefixes missing": (1, "lengths 3-4, prefixes missing"),
+    "8 pairs, order-2 source": (2, "8 pairs"),
+}
+
+
+def make(setting: str, texts: int = 192) -> Problem:
+    order, merges = SETTINGS[setting]
+    source = Source(order)
     mixed = source.likely_strings(2, 3) | source.likely_strings(3, 3) | source.likely_strings(4, 3)
-    closed = {w[:n] for w in mixed for n in range(2, len(w) + 1)}
-    return {
+    found = {
         "2 pairs": source.likely_strings(2, 2),
         "8 pairs": source.likely_strings(2, 8),
-        "lengths 2-4, every prefix a token": closed,
+        "lengths 2-4": {w[:n] for w in mixed for n in range(2, len(w) + 1)},
         "lengths 3-4, prefixes missing": source.likely_strings(3, 3) | source.likely_strings(4, 4),
     }
+    return Problem(source, found[merges], texts)
+
+
+def draw(results: dict[str, dict[str, float]], path: Path) -> None:
+    """Bars on a log scale: {setting: {loss: nats per letter above the optimum}}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(LOSSES)
+    colors = ["#888888", "#c6a15b", "#d9822b", "#5b8fc6", "#7fb37f", "#8c6bb1", "#c0262d"]
+    for i, loss in enumerate(LOSSES):
+        heights = [max(by_loss[loss], 1e-6) for by_loss in results.values()]
+        at = np.arange(len(results)) + (i - (len(LOSSES) - 1) / 2) * width
+        bars = axes.bar(at, heights, width, bottom=0, label=loss, color=colors[i])
+        labels = ["<1e-6" if h <= 1e-6 else f"{h:.1g}" if h < 0.1 else f"{h:.2f}" for h in heights]
+        axes.bar_label(bars, labels, fontsize=6)
+    axes.set_yscale("log")
+    axes.set_ylim(5e-7, 8)
+    axes.set_xticks(range(len(results)), [name.replace(", ", ",\n") for name in results])
+    axes.set(ylabel="KL(truth || student), nats per letter")
+    axes.set_title("Where each loss leaves a student that started at the truth (0 is right)", fontsize=11)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(ncols=len(LOSSES), loc="upper center", fontsize=8)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    from gold_eval import markdown
+
+    ends: dict[str, dict[str, dict[str, float]]] = {start: {} for start in ("truth", "random")}
+    for setting in SETTINGS:
+        problem = make(setting)
+        for start in ends:
+            ends[start][setting] = {loss: problem.train(loss, start) for loss in LOSSES}
+    form = lambda x: f"{x:.4f}" if x >= 1e-4 else "0.0000"
+    rows = [["started at the truth / at random", *SETTINGS]]
+    for loss in LOSSES:
+        rows.append([loss, *(" / ".join(form(ends[start][setting][loss]) for start in ends) for setting in SETTINGS)])
+    print(markdown(rows))
+    draw(ends["truth"], Path(__file__).parent.parent / "assets" / "known_optimum.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -277,7 +277,7 @@ def test_fused_topk_equals_topk():
 
 
 def test_reverse_kl_wants_the_students_top_k():
-    """At k = 8 of 500, far from the teacher: student support points along the true gradient, teacher support less so."""
+    """At k = 8 of 500, far from the teacher, the student's support gives the true direction, the teacher's less so."""
     z = torch.randn(200, 500, generator=torch.Generator().manual_seed(0)) * 4
     t = z + 2.5 * torch.randn(200, 500, generator=torch.Generator().manual_seed(1))
 

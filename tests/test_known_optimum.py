@@ -1,0 +1,47 @@
+"""Which losses have the truth as their minimum: a source whose exact law is known (known_optimum.py).
+
+pytest tests/test_known_optimum.py
+"""
+
+import functools
+
+import known_optimum
+import pytest
+
+SETTINGS = list(known_optimum.SETTINGS)
+BIASED = {  # nats per letter that training adds at least to a student that started at the truth
+    "uld": 0.05,
+    "hybrid": 0.1,
+    "bins": 0.1,
+    "alm": 0.02,
+    "bins+alm": 0.03,
+}
+make = functools.cache(known_optimum.make)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_prefix_stays_at_the_truth(setting, beta):
+    assert make(setting, texts=64).train("prefix", "truth", beta, steps=25) < 1e-4
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_prefix_finds_the_truth_from_anywhere(setting):
+    assert make(setting, texts=64).train("prefix", "random", steps=120, lr=0.2) < 0.002
+
+
+@pytest.mark.parametrize("loss", BIASED)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_others_leave_the_truth(setting, loss):
+    problem = make(setting)
+    assert problem.train(loss, "truth", steps=0) < 1e-9
+    assert problem.train(loss, "truth", steps=200) > BIASED[loss]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_their_order(setting):
+    """prefix, then what learning from samples alone costs (ce), then the likelihood of spans, then the others."""
+    problem = make(setting)
+    end = {loss: problem.train(loss, "truth", steps=200) for loss in known_optimum.LOSSES if loss != "prefix"}
+    exact = make(setting, texts=64).train("prefix", "truth", steps=25)
+    assert exact * 100 < end["ce"] < end["alm"] < min(end["bins"], end["hybrid"])
