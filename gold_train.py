@@ -750,8 +750,8 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
     device, master, out = ranks.device, ranks.rank == 0, Path(cfg.output_dir)
     say = tqdm.write if master else lambda text: None
     torch.manual_seed(cfg.seed)
-    bf16 = device.type == "cuda" and compute_dtype(cfg, device) == torch.bfloat16
-    autocast = torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext()
+    bf16 = compute_dtype(cfg, device) == torch.bfloat16
+    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
     with one_clear_line():  # most mistakes show before any weights are read
         check(cfg, ranks)
@@ -1165,10 +1165,12 @@ def make_model(folder: Path, texts: list[str], bytes_level: bool, hidden: int, l
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
+TEACHER_STEPS, STUDENT_STEPS = 600, 160
 EMBEDDED = Config(
-    dataset="countdown-mini", split="train[:4000]", max_length=96, max_completion_length=64,
-    per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=300, learning_rate=2e-3, weight_decay=0.01,
-    eval_tasks=("countdown-mini",), eval_steps=100, eval_max_samples=512, save_steps=100, output_dir="out/embedded",
+    dataset="countdown-mini", split="train[:500]", max_length=96, max_completion_length=64,
+    per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=600, learning_rate=3e-3, weight_decay=0.01,
+    beta=0.0, eval_tasks=("countdown-mini",), eval_steps=100, eval_max_samples=512, save_steps=100,
+    output_dir="out/embedded",
 )  # fmt: skip
 
 
@@ -1187,11 +1189,13 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
         dist.barrier()
     cfg = replace(cfg, per_device_train_batch_size=max(1, cfg.per_device_train_batch_size // ranks.world_size))
     alone = replace(cfg, teacher_model=None, lmbda=0.0, ce_weight=1.0, lag=0, sampler_device=None)
-    school = replace(alone, eval_tasks=(), learning_rate=3e-3)
+    school = replace(alone, eval_tasks=(), save_best=None, early_stop=0)
     teacher, student = (str(out / name / "checkpoints" / "latest") for name in ("teacher", "student"))
     stages = {
-        "teacher": replace(school, student_model=str(out / "teacher-init"), split="train[:16000]", max_steps=600),
-        "student": replace(school, student_model=str(out / "student-init"), split="train[:256]", max_steps=160),
+        "teacher": replace(
+            school, student_model=str(out / "teacher-init"), split="train[:16000]", max_steps=TEACHER_STEPS
+        ),
+        "student": replace(school, student_model=str(out / "student-init"), max_steps=STUDENT_STEPS),
         "control": replace(alone, student_model=student),
         "gold": replace(cfg, student_model=student, teacher_model=teacher),
     }
