@@ -235,6 +235,10 @@ class VLLMSampler:
         self.group = None
         if self.collective:
             self.group, _ = dist.new_subgroups(tensor_parallel, backend="gloo")
+            # the CPU engine's shared memory has one name for all runs, and a killed run leaves it behind
+            for path in Path("/dev/shm").glob(f"*-cpushm_{dist.get_rank(self.group)}"):
+                path.unlink()
+            dist.barrier()
         self.use_sleep = sleep and torch.cuda.is_available()  # the CPU engine has no sleep mode
         self.asleep = False
         self.had_group = dist.is_initialized()
