@@ -115,10 +115,10 @@ class Config:
     early_stop: int = 0  # stop after this many evaluations without a better save_best; 0: off
     # ---- records
     output_dir: str = "out/gold"  # config, metrics, samples, checkpoints, plot, table
-    save_steps: int = 500  # optimizer steps between checkpoints; one is always written at the end
+    save_steps: int = 500  # optimizer steps between checkpoints, one more is written at the end; 0: only that one
     save_total_limit: int = 2  # checkpoints kept
     resume: bool = False  # go on from the last checkpoint in output_dir
-    sample_steps: int = 50  # optimizer steps between entries of samples.jsonl
+    sample_steps: int = 50  # optimizer steps between entries of samples.jsonl; 0: none
     wandb_mode: Literal["disabled", "online", "offline"] = "disabled"  # Weights & Biases; files have everything too
     wandb_project: str = "gold"  # its project
     wandb_name: str | None = None  # its run name; none: the output directory's
@@ -153,9 +153,32 @@ def setup_ranks() -> Ranks:
 
 def slots_per_window(cfg: Config) -> int:
     """Prompts per window and rank."""
-    return cfg.generation_batch_size or (
-        cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // cfg.num_generations
-    )
+    if cfg.generation_batch_size is not None:
+        return cfg.generation_batch_size
+    return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // cfg.num_generations
+
+
+AT_LEAST = {
+    1: (
+        "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "generation_batch_size",
+        "max_steps", "max_completion_length", "teacher_top_k", "vllm_tensor_parallel_size", "save_total_limit",
+        "eval_max_samples", "eval_num_samples",
+    ),
+    0: (
+        "temperature", "top_k", "min_p", "ce_weight", "learning_rate", "weight_decay", "warmup_ratio", "eval_steps",
+        "eval_temperature", "early_stop", "save_steps", "sample_steps", "eval_ratio", "lmbda", "beta",
+    ),
+}  # fmt: skip
+AT_MOST_1 = ("lmbda", "beta", "eval_ratio", "warmup_ratio", "top_p", "min_p")
+ABOVE_0 = (
+    "num_train_epochs",
+    "loss_temperature",
+    "max_grad_norm",
+    "top_p",
+    "vllm_memory",
+    "vllm_deadline",
+    "eval_timeout",
+)
 
 
 def check(cfg: Config, ranks: Ranks) -> None:
@@ -165,51 +188,43 @@ def check(cfg: Config, ranks: Ranks) -> None:
         if not ok:
             raise ValueError(message)
 
-    window = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
-    made = slots_per_window(cfg) * cfg.num_generations
+    values = {name: value for name, value in asdict(cfg).items() if value is not None}
+    for least, names in AT_LEAST.items():
+        for name in names:
+            need(values.get(name, least) >= least, f"{name} must be at least {least}: got {values.get(name)}")
+    for name in AT_MOST_1:
+        need(values[name] <= 1, f"{name} must be at most 1: got {values[name]}")
+    for name in ABOVE_0:
+        need(values[name] > 0, f"{name} must be above 0: got {values[name]}")
+    slots, batch, steps = slots_per_window(cfg), cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps
     need(
-        window == made,
-        f"the window does not divide: generation_batch_size {slots_per_window(cfg)} x num_generations "
-        f"{cfg.num_generations} = {made}, but per_device_train_batch_size {cfg.per_device_train_batch_size} x "
-        f"gradient_accumulation_steps {cfg.gradient_accumulation_steps} = {window}",
+        slots * cfg.num_generations == batch * steps,
+        f"the window does not divide: generation_batch_size {slots} x num_generations {cfg.num_generations} = "
+        f"{slots * cfg.num_generations}, but per_device_train_batch_size {batch} x gradient_accumulation_steps {steps} "
+        f"= {batch * steps}",
     )
-    need(
-        min(cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, cfg.num_generations) > 0,
-        "sizes must be > 0",
-    )
-    need(0 <= cfg.lmbda <= 1, f"lmbda is the on-policy share of prompts, in [0, 1]: got {cfg.lmbda}")
-    need(0 <= cfg.eval_ratio < 1, f"eval_ratio must be in [0, 1): got {cfg.eval_ratio}")
-    gold_loss.scale_factor(cfg.beta, cfg.jsd_scale)
-    need(cfg.loss_temperature > 0, f"loss_temperature must be > 0: got {cfg.loss_temperature}")
-    need(
-        0 < cfg.top_p <= 1 and cfg.top_k >= 0 and 0 <= cfg.min_p <= 1,
-        "top_p must be in (0, 1], top_k >= 0, min_p in [0, 1]",
-    )
-    need(cfg.temperature >= 0, f"temperature must be >= 0: got {cfg.temperature}")
     need(
         cfg.max_completion_length < cfg.max_length,
         f"max_completion_length {cfg.max_completion_length} leaves no room for a prompt in max_length {cfg.max_length}",
     )
     if cfg.teacher_model is None:
         need(cfg.teacher_url is None, "--teacher-url also needs --teacher-model: the tokenizer is read from it")
+        alone = cfg.lmbda == 0 and cfg.ce_weight > 0 and not cfg.seq_kd
         need(
-            cfg.lmbda == 0 and cfg.ce_weight > 0 and not cfg.seq_kd,
-            "without --teacher-model there is only cross entropy on data set answers: set --lmbda 0 --ce-weight 1, "
-            "or name a teacher",
+            alone, "without --teacher-model there are only answers to learn: --lmbda 0 --ce-weight 1, or name a teacher"
         )
     if cfg.teacher_url is not None:
-        need(
-            cfg.loss_temperature == 1,
-            f"loss_temperature is {cfg.loss_temperature}, but servers give log probabilities at temperature 1 only",
-        )
+        need(cfg.loss_temperature == 1, "a teacher_url tells log probabilities at temperature 1: --loss-temperature 1")
         need(cfg.teacher_device is None, "--teacher-url and --teacher-device exclude each other")
+    if cfg.lmbda == 1:
+        need(cfg.ce_weight == 0, "ce_weight is for data set completions, and lmbda 1 uses none: --ce-weight 0")
+        need(not cfg.seq_kd, "seq_kd writes the off-policy completions, and lmbda 1 has none: lower --lmbda")
+    else:
+        need(cfg.lmbda > 0 or cfg.lag == 0, "lag is for sampling ahead, and lmbda 0 samples nothing: --lag 0")
+    group = cfg.vllm_tensor_parallel_size
+    need(ranks.world_size % group == 0, f"{ranks.world_size} ranks do not divide by vllm_tensor_parallel_size {group}")
     need(
-        cfg.vllm_tensor_parallel_size > 0 and ranks.world_size % cfg.vllm_tensor_parallel_size == 0,
-        f"{ranks.world_size} ranks do not divide by vllm_tensor_parallel_size {cfg.vllm_tensor_parallel_size}",
-    )
-    need(
-        cfg.sampler_device is None or cfg.lag > 0,
-        "sampler_device is for --lag 1 or 2: with lag 0 the student itself samples",
+        cfg.sampler_device is None or cfg.lag > 0, "with lag 0 the student itself samples: sampler_device needs --lag 1"
     )
     if cfg.lmbda > 0:
         gold_buffer.choose_sampler(cfg.sampler)
@@ -219,18 +234,13 @@ def check(cfg: Config, ranks: Ranks) -> None:
         cfg.early_stop == 0 or cfg.save_best is not None, "early_stop needs save_best: which metric should get better?"
     )
     eval_device(cfg, ranks)
-    need(
-        cfg.wandb_mode == "disabled" or importlib.util.find_spec("wandb") is not None,
-        f"--wandb-mode {cfg.wandb_mode} needs wandb: pip install wandb",
-    )
-    checkpoints = Path(cfg.output_dir) / "checkpoints"
+    wandb = cfg.wandb_mode == "disabled" or importlib.util.find_spec("wandb") is not None
+    need(wandb, f"--wandb-mode {cfg.wandb_mode} needs wandb: pip install wandb")
+    folder = Path(cfg.output_dir) / "checkpoints"
     if cfg.resume:
-        need((checkpoints / "latest").exists(), f"nothing to resume in {checkpoints}: no checkpoint was written there")
+        need((folder / "latest").exists(), f"nothing to resume: no checkpoint was written in {folder}")
     else:
-        need(
-            not checkpoints.exists(),
-            f"{cfg.output_dir} holds a run already: --resume it, or choose another --output-dir",
-        )
+        need(not folder.exists(), f"{cfg.output_dir} holds a run already: --resume it, or choose another --output-dir")
 
 
 def eval_device(cfg: Config, ranks: Ranks) -> str:
@@ -437,10 +447,11 @@ def micro_batch_loss(
 
 
 class Stats:
-    """Sums over the micro-batches of a window, then over ranks in one all-reduce."""
+    """Sums, means and largest values over the micro-batches of a window, then over ranks."""
 
     def __init__(self):
         self.sums: dict[str, Tensor | float] = {}
+        self.largest: dict[str, float] = {}
 
     def add(self, name: str, value) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
@@ -449,13 +460,18 @@ class Stats:
         self.add(f"{name}|sum", values.sum())
         self.add(f"{name}|count", float(values.numel()))
 
+    def max(self, name: str, value: float) -> None:
+        self.largest[name] = max(self.largest.get(name, -math.inf), value)
+
     def reduce(self, device: torch.device) -> dict[str, float]:
-        """Sums over ranks (every rank must have added the same names), means of what `mean` was given."""
-        names = sorted(self.sums)
-        x = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names])
+        """Over all ranks, which must have been told of the same names; a mean of nothing is left out."""
+        names, most = sorted(self.sums), sorted(self.largest)
+        sums = [torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names]
+        sums, largest = torch.stack(sums), torch.tensor([self.largest[n] for n in most], device=device)
         if dist.is_initialized():
-            dist.all_reduce(x)
-        out = dict(zip(names, x.tolist()))
+            dist.all_reduce(sums)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        out = dict(zip(names, sums.tolist())) | dict(zip(most, largest.tolist()))
         for name in [n[:-4] for n in names if n.endswith("|sum")]:
             total, count = out.pop(f"{name}|sum"), out.pop(f"{name}|count")
             if count:
@@ -830,14 +846,14 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         row = log_row(cfg, step, lr, grad_norm, window, stats, counts, parameters, ranks)
         num_tokens = row["num_tokens"] = num_tokens + int(row.pop("tokens"))
         finished = step == max_steps or stop_early(cfg, records, device)
-        due = finished or (cfg.eval_steps > 0 and step % cfg.eval_steps == 0)
+        due = finished or every(cfg.eval_steps, step)
         if held and due:
             row["eval/heldout_loss"] = heldout_loss(
                 cfg, held, encoder, model, head, pairing, teacher, teacher_head, autocast, ranks
             )
         if master:
             records.log(row)
-            if step == 1 or step % cfg.sample_steps == 0:
+            if every(cfg.sample_steps, step) or step == 1 and cfg.sample_steps:
                 save_samples(out / "samples.jsonl", step, window, vocabulary)
 
             # 7) evaluate: the child gets a copy of these weights; results arrive in a later poll
@@ -846,7 +862,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             records.poll()
 
         # 8) checkpoint: step, weights, optimizer and the windows made ahead are all the state there is
-        if step % cfg.save_steps == 0 or finished:
+        if every(cfg.save_steps, step) or finished:
             windows = gather(buffer.state())
             if master:
                 run = asdict(cfg) | {"slots": slots * ranks.world_size, "world_size": ranks.world_size}
@@ -891,60 +907,46 @@ def count_tokens(samples: list[gold_data.Sample], scored: bool, device: torch.de
 
 def log_row(cfg, step, lr, grad_norm, window, stats, counts, parameters, ranks) -> dict[str, float]:
     """Everything metrics.jsonl says about one step; README explains each."""
-    samples = window.samples
+    samples, aligned = window.samples, [s.alignment for s in window.samples if s.alignment is not None]
     lengths = torch.tensor([float(len(s.completion_ids)) for s in samples])
     stats.mean("response_seq_len/mean", lengths)
+    stats.max("response_seq_len/max", lengths.max().item())
+    stats.max("response_seq_len/min", -lengths.min().item())
     stats.mean("response_seq_len/truncated", torch.tensor([float(not s.finished) for s in samples]))
     stats.mean("gold/on_policy_ratio", torch.tensor([float(s.on_policy) for s in samples]))
     stats.mean("gold/staleness", torch.tensor([float(step - 1 - s.version) for s in samples if s.on_policy]))
     stats.add("tokens", float(lengths.sum()))
     stats.add("positions", float(lengths.sum() + sum(len(s.prompt_ids) for s in samples)))
-    aligned = [s.alignment for s in samples if s.alignment is not None]
-    if aligned:
-        stats.add("bytes", float(sum(a.num_bytes for a in aligned)))
-        stats.add("scored_bytes", float(sum(a.scored_bytes for a in aligned)))
-        per_span = [
-            np.bincount(x[x >= 0], minlength=a.num_spans) for a in aligned for x in (a.student_span, a.teacher_span)
-        ]
-        ones = [(a == 1) & (b == 1) for a, b in zip(per_span[::2], per_span[1::2])]
-        stats.mean("align/one_to_one", torch.from_numpy(np.concatenate(ones).astype(float)))
+    for a in aligned:
+        stats.add("bytes", float(a.num_bytes))
+        stats.add("scored_bytes", float(a.scored_bytes))
+        student, teacher = (np.bincount(x[x >= 0], minlength=a.num_spans) for x in (a.student_span, a.teacher_span))
+        stats.mean("align/one_to_one", torch.from_numpy((student == 1) & (teacher == 1)))
+        stats.max("align/largest_span", int(np.maximum(student, teacher).max(initial=0)))
     for name, seconds in window.seconds.items():
         stats.mean(f"timing/{name}", torch.tensor([seconds]))
-    largest = [
-        lengths.max().item(),
-        -lengths.min().item(),
-        max((int(x.max()) for x in per_span if len(x)), default=0) if aligned else 0,
-    ]
-    if dist.is_initialized():
-        x = torch.tensor(largest, device=ranks.device)
-        dist.all_reduce(x, dist.ReduceOp.MAX)
-        largest = x.tolist()
     row = stats.reduce(ranks.device)
-    distill_loss, ce = row.pop("jsd", 0.0) / counts[0], row.pop("ce", 0.0) / counts[1]
-    out = {
-        "step": step,
-        "actor/loss": distill_loss + cfg.ce_weight * ce,
-        "actor/jsd_loss": distill_loss,
-        "actor/ce_loss": ce,
-    }
+
+    row["step"], row["response_seq_len/min"] = step, -row["response_seq_len/min"]
+    row["actor/jsd_loss"], row["actor/ce_loss"] = row.pop("jsd", 0.0) / counts[0], row.pop("ce", 0.0) / counts[1]
+    row["actor/loss"] = row["actor/jsd_loss"] + cfg.ce_weight * row["actor/ce_loss"]
     for kind in ("on", "off"):
         total, tokens = row.pop(f"jsd_{kind}", 0.0), row.pop(f"tokens_{kind}", 0.0)
         if tokens:
-            out[f"actor/{kind}_policy_loss"] = total / tokens
-    out |= {"actor/grad_norm": grad_norm.item(), "actor/lr": lr}
-    out |= {"gold/beta": cfg.beta, "gold/lmbda": cfg.lmbda, "gold/temperature": cfg.temperature}
-    out |= {"response_seq_len/max": largest[0], "response_seq_len/min": -largest[1]}
+            row[f"actor/{kind}_policy_loss"] = total / tokens
+    row |= {"actor/grad_norm": grad_norm.item(), "actor/lr": lr}
+    row |= {"gold/beta": cfg.beta, "gold/lmbda": cfg.lmbda, "gold/temperature": cfg.temperature}
     if aligned:
-        out["align/largest_span"] = largest[2]
-        out["align/coverage"] = row.pop("scored_bytes") / max(1.0, row.pop("bytes"))
-    out["perf/tokens_per_s"] = row["tokens"] / row["timing/step"]
+        row["align/coverage"] = row.pop("scored_bytes") / max(1.0, row.pop("bytes"))
+    row["perf/tokens_per_s"] = row["tokens"] / row["timing/step"]
+    positions = row.pop("positions") / ranks.world_size
+    if "timing/teacher" in row:  # a sum over micro-batches and ranks
+        row["timing/teacher"] /= ranks.world_size
     if ranks.device.type == "cuda":
-        out["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        row["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         peak = next((x for name, x in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), math.inf)
-        flops = 6 * parameters * row["positions"] / ranks.world_size
-        out["perf/mfu/actor"] = flops / row["timing/train"] / peak
-    row.pop("positions")
-    return out | row
+        row["perf/mfu/actor"] = 6 * parameters * positions / row["timing/train"] / peak
+    return row
 
 
 def save_samples(path: Path, step: int, window: gold_buffer.Window, vocabulary: gold_data.Vocabulary) -> None:
@@ -953,6 +955,10 @@ def save_samples(path: Path, step: int, window: gold_buffer.Window, vocabulary: 
         prompt, completion = (vocabulary.tokenizer.decode(ids) for ids in (s.prompt_ids, s.completion_ids))
         entry = {"step": step, "on_policy": s.on_policy, "finished": s.finished, "version": s.version}
         append_json(path, entry | {"prompt": prompt, "completion": completion})
+
+
+def every(steps: int, step: int) -> bool:
+    return steps > 0 and step % steps == 0
 
 
 class Records:
@@ -985,7 +991,7 @@ class Records:
             if step > 0:
                 first = gold_buffer.load_model(cfg.student_model, cfg.student_revision, torch.float32, "cpu")
             self.evaluator.submit(0, first.state_dict())
-        if step > 0 and step not in evaluated and (step == max_steps or cfg.eval_steps and step % cfg.eval_steps == 0):
+        if step > 0 and step not in evaluated and (step == max_steps or every(cfg.eval_steps, step)):
             self.evaluator.submit(step, student.state_dict(), final=step == max_steps)
 
     def log(self, row: dict[str, float]) -> None:
@@ -1021,9 +1027,11 @@ class Records:
         return self.out / "candidates" / f"step-{step:06d}"
 
     def _choose_best(self, record: dict) -> None:
-        if not self.cfg.save_best or not record["step"]:
+        if not self.cfg.save_best:
             return
-        _, value = gold_eval.headline(record["results"], self.cfg.save_best)
+        _, value = gold_eval.headline(record["results"], self.cfg.save_best)  # raises for a metric that is none, early
+        if not record["step"]:
+            return
         candidate = self._candidate(record["step"])
         self.since_best += 1
         if value > self.best:
@@ -1169,7 +1177,7 @@ TEACHER_STEPS, STUDENT_STEPS = 600, 160
 EMBEDDED = Config(
     dataset="countdown-mini", split="train[:500]", max_length=96, max_completion_length=64,
     per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=600, learning_rate=3e-3, weight_decay=0.01,
-    beta=0.0, eval_tasks=("countdown-mini",), eval_steps=100, eval_max_samples=512, save_steps=100,
+    beta=0.0, eval_tasks=("countdown-mini",), eval_steps=200, eval_max_samples=512, save_steps=100,
     output_dir="out/embedded",
 )  # fmt: skip
 
