@@ -554,12 +554,15 @@ class WindowBuffer:
         for ahead, slots in drawn.items():
             self.pending[ahead] = Future()
             self.queue.put((self.pending[ahead], (ahead, slots, weights, step)))
-        while not wait([self.pending[step]], timeout=1.0).done:
-            if self.sampler:
-                self.sampler.check()  # the thread cannot, if it hangs inside the engine
+        self._wait([self.pending[step]])
         for future in [f for f in self.pending.values() if f.done()]:
             future.result()
         return self.pending.pop(step).result()
+
+    def _wait(self, futures) -> None:
+        while wait(futures, timeout=1.0).not_done:
+            if self.sampler is not None:
+                self.sampler.check()  # the thread cannot, if it hangs inside the engine
 
     def make(self, step: int, slots: list[Slot], weights: dict[str, Tensor] | None, version: int) -> Window:
         """The window of `step`, sampled from `weights`, those of `version` finished steps."""
@@ -606,7 +609,7 @@ class WindowBuffer:
 
     def close(self) -> None:
         """End the thread and the engine. Windows that nobody asked for any more are made to the end first."""
-        wait(self.pending.values())
+        self._wait(self.pending.values())
         self.queue.put(None)
         if self.sampler is not None:
             self.sampler.close()

@@ -109,24 +109,30 @@ def sampling(engine):
 # one engine
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_and_nothing_waits_behind_it(tmp_path):
-    """Three ways an engine fails, each with an engine of its own; none can be used afterwards."""
+@pytest.fixture
+def mortal(tmp_path):
+    """(model, engine with its weights) for a test that ruins the engine."""
     model = build(True, tmp_path)
-    start = lambda: VLLMSampler(str(tmp_path), Sampling(200, 1.0), MAX_LENGTH, "float32", MEMORY, enforce_eager=True)
-    sampler = start()
+    sampler = VLLMSampler(str(tmp_path), Sampling(200, 1.0), MAX_LENGTH, "float32", MEMORY, enforce_eager=True)
     sampler.load_weights(model.state_dict(), 0)
-    same = sampler.generate(requests_of((BLOCK, 395)))
-    assert len(same[1].completion_ids) == 5, "cut by the context"
+    yield model, sampler
+    sampler.close()
+
+
+def test_a_window_that_takes_too_long_is_given_up_and_its_requests_are_named(mortal):
+    model, sampler = mortal
+    assert [len(r.completion_ids) for r in sampler.generate(requests_of((5, 395)))] == [200, 5], "cut by the context"
     sampler.deadline = 0.05
     with pytest.raises(TimeoutError, match=r"4 requests \(positions \[0, 1, 2, 3\]\).*--vllm-deadline.*--resume"):
         sampler.generate(requests_of((40, 40, 40, 40)))
     with pytest.raises(RuntimeError, match="cannot be used any more"):
         sampler.load_weights(model.state_dict(), 1)
-    sampler.close()
 
-    sampler = start()  # hangs inside the engine: whoever waits for the window notices
+
+def test_an_engine_that_hangs_is_noticed_by_whoever_waits_for_the_window(mortal):
+    model, sampler = mortal
     hang = threading.Event()
-    sampler.llm.llm_engine.step = lambda: hang.wait(30) and []
+    sampler.llm.llm_engine.step = lambda: hang.wait(60) and []
     sampler.deadline = 2.0
     vocabulary = gold_data.Vocabulary(TOKENIZER, (2,), len(TOKENIZER))
     buffer = gold_buffer.WindowBuffer(
@@ -134,19 +140,18 @@ def test_a_prompt_that_leaves_no_room_is_refused_and_nothing_waits_behind_it(tmp
         gold_buffer.RowStream([gold_data.Row(({"role": "user", "content": "hello"},))], 0),
         gold_buffer.Encoder(vocabulary, None, 16, False, False), sampler, model.state_dict, 4,
     )  # fmt: skip
-    with pytest.raises(TimeoutError, match=r"3 requests \(positions \[0, 1, 2\]\)"):
-        buffer.get(0)
+    for ask in (lambda: buffer.get(0), buffer.close):
+        with pytest.raises(TimeoutError, match=r"3 requests \(positions \[0, 1, 2\]\)"):
+            ask()
     hang.set()
-    buffer.close()
 
-    sampler = start()
-    weights = dict(model.state_dict())
-    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+
+def test_an_engine_with_half_of_the_weights_cannot_be_used(mortal):
+    model, sampler = mortal
     with pytest.raises(Exception):  # noqa: B017  vLLM's own
-        sampler.load_weights(weights, 0)
+        sampler.load_weights(model.state_dict() | {"model.layers.0.mlp.up_proj.weight": torch.zeros(3, 3)}, 1)
     with pytest.raises(RuntimeError, match="cannot be used any more"):
         sampler.generate(requests_of((5,)))
-    sampler.close()
 
 
 def test_an_engine_without_weights_refuses_to_speak(engine):
