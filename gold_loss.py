@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLOOR = -1e3  # stands for log 0: exp() of it is exactly 0, and differences of it stay finite
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}  # size of one (rows, vocabulary) buffer: 32 MB / 256 MB in float32
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # size of one (rows, vocabulary) buffer: 16 MB / 256 MB in float32
 
 
 class Loss(NamedTuple):
@@ -214,7 +214,8 @@ class _RowLoss(torch.autograd.Function):
         d_extra = torch.zeros_like(extra) if want_extra else None
         teacher_weight = None if teacher_head is None else teacher_head.weight.to(teacher_hidden.dtype)
         values = torch.zeros(hidden.size(0), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
-        for rows in _chunks(hidden.size(0), head, chunk):
+
+        def one_chunk(rows: slice) -> None:  # a function: its buffers are gone before the next chunk's are made
             z = _project(hidden[rows], weight, head)
             slope = grads.slope(z) if want_grad else None
             teacher_z = None if teacher_head is None else _project(teacher_hidden[rows], teacher_weight, teacher_head)
@@ -225,6 +226,9 @@ class _RowLoss(torch.autograd.Function):
                 grads.add(rows, hidden, dz, slope)
             if want_extra:
                 d_extra[rows] = dx
+
+        for rows in _chunks(hidden.size(0), head, chunk):
+            one_chunk(rows)
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias, d_extra)
         ctx.mark_non_differentiable(values)
         return values.sum(), values
@@ -350,9 +354,8 @@ def fused_jsd(student: Side, teacher: Side, beta: float, scale: str = "kl", chun
     common = min(student.head.weight.size(0), teacher.head.weight.size(0))
 
     def row_fn(z, teacher_z, extra, rows, want_grad):
-        logq = F.log_softmax(z, dim=-1)
+        logq, logp = (x.sub_(x.logsumexp(-1, keepdim=True)) for x in (z, teacher_z.div_(teacher.temperature)))
         stats = _law_stats(logq, None if student.ids is None else student.ids[rows])
-        logp = F.log_softmax(teacher_z.div_(teacher.temperature), dim=-1)
         terms, q, qh = _terms(logp, _tempered(logq, student.temperature), beta)
         dz = None
         if want_grad:

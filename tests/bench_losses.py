@@ -36,9 +36,19 @@ import gold_data
 import gold_eval
 import gold_train
 
-LOSSES = ("ce", "uld", "hybrid", "bins", "alm", "bins+alm", "prefix")
+CELLS = {  # name: loss, beta (ce, uld and alm have none)
+    "ce": ("ce", 0.5),
+    "uld": ("uld", 0.5),
+    "hybrid": ("hybrid", 0.5),
+    "bins": ("bins", 0.5),
+    "alm": ("alm", 0.5),
+    "bins+alm": ("bins+alm", 0.5),
+    "bins+alm, beta 0": ("bins+alm", 0.0),
+    "prefix": ("prefix", 0.5),
+    "prefix, beta 0": ("prefix", 0.0),
+}
 SEEDS = (0, 1, 2)
-STEPS, ROWS = 150, 32  # optimizer steps of every cell, completions per step
+STEPS, ROWS = 200, 32  # optimizer steps of every cell, completions per step
 
 
 def sentences() -> list[str]:
@@ -120,9 +130,9 @@ def prepare(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         prose = [prose_row(s) for s in sentences()]
         puzzles = gold_data.make_countdown(14_000, mini=True)
-        write_rows(out / "teacher.jsonl", prose[2400:] + puzzles[3200:])
-        write_rows(out / "pretrain.jsonl", prose[1200:1800] + puzzles[1200:3200])
-        write_rows(out / "distill.jsonl", prose[:1200] + puzzles[:1200])
+        write_rows(out / "teacher.jsonl", prose[2400:] + puzzles[4400:])
+        write_rows(out / "pretrain.jsonl", prose[1200:1800] + puzzles[2400:4400])
+        write_rows(out / "distill.jsonl", prose[:600] + puzzles[:2400])
         write_rows(out / "heldout_puzzles.jsonl", gold_data.make_countdown(200, mini=True, test=True))
         write_rows(out / "heldout_prose.jsonl", prose[2000:2400])
     rows = [gold_data.to_row(json.loads(line)) for line in (out / "teacher.jsonl").read_text().splitlines()]
@@ -175,26 +185,27 @@ def score(out: Path, folder: Path) -> dict[str, float]:
 
 def cells() -> list[tuple[str, float, int]]:
     return [
-        (loss, lmbda, seed) for seed in SEEDS for lmbda in (0.0, 1.0) for loss in LOSSES if loss != "ce" or not lmbda
+        (name, lmbda, seed) for seed in SEEDS for lmbda in (0.0, 1.0) for name in CELLS if name != "ce" or not lmbda
     ]
 
 
-def run_cell(out: Path, loss: str, lmbda: float, seed: int, extra: dict) -> dict:
-    name = f"{loss}-lmbda{lmbda:g}-seed{seed}" + "".join(f"-{k}{v}" for k, v in extra.items())
-    file = out / "cells" / f"{name}.json"
+def run_cell(out: Path, name: str, lmbda: float, seed: int, extra: dict) -> dict:
+    folder = f"{name}-lmbda{lmbda:g}-seed{seed}" + "".join(f"-{k}{v}" for k, v in extra.items())
+    folder = folder.replace(", ", "-").replace(" ", "")
+    file = out / "cells" / f"{folder}.json"
     if not file.exists():
-        start = time.process_time()
-        how = {"teacher_model": out / "teacher" / "checkpoints" / "latest", "cross_tokenizer_loss": loss}
-        if loss == "ce":
+        start, (loss, beta) = time.process_time(), CELLS[name]
+        how = {"teacher_model": out / "teacher" / "checkpoints" / "latest", "cross_tokenizer_loss": loss, "beta": beta}
+        if name == "ce":
             how = {"teacher_model": None, "ce_weight": 1.0}
-        student = out / f"student-{seed}" / "checkpoints" / "latest"
-        common = {"student_model": student, "dataset": out / "distill.jsonl", "lmbda": lmbda, "seed": seed}
-        latest = run(out, f"runs/{name}", **{"steps": STEPS} | common | {"learning_rate": 1e-3} | how | extra)
+        how |= {"student_model": out / f"student-{seed}" / "checkpoints" / "latest", "seed": seed, "lmbda": lmbda}
+        how |= {"dataset": out / "distill.jsonl", "learning_rate": 2e-3}
+        latest = run(out, f"runs/{folder}", **{"steps": STEPS} | how | extra)
         cpu = time.process_time() - start
-        rows = [json.loads(line) for line in (out / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (out / "runs" / folder / "metrics.jsonl").read_text().splitlines()]
         norms = [row["actor/grad_norm"] for row in rows]
         cell = score(out, latest) | {"cpu_seconds": cpu, "grad_norm": float(np.median(norms))}
-        cell |= {"loss": loss, "lmbda": lmbda, "seed": seed, **extra}
+        cell |= {"name": name, "lmbda": lmbda, "seed": seed, **extra}
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(cell))
     return json.loads(file.read_text())
@@ -217,11 +228,11 @@ def show(out: Path, results: list[dict]) -> str:
     rows = [heading, line("teacher", [baseline(out, "teacher")])]
     rows.append(line("student before", [baseline(out, f"student-{seed}") for seed in SEEDS]))
     for lmbda, policy in ((0.0, "off-policy"), (1.0, "on-policy")):
-        for loss in LOSSES:
-            group = [cell for cell in results if cell["loss"] == loss and cell["lmbda"] == lmbda]
+        for name in CELLS:
+            group = [cell for cell in results if cell["name"] == name and cell["lmbda"] == lmbda]
             if group:
                 rows.append(
-                    line(f"{loss}, {policy}" + (f" ({len(group)} seeds)" if len(group) < len(SEEDS) else ""), group)
+                    line(f"{name}, {policy}" + (f" ({len(group)} seeds)" if len(group) < len(SEEDS) else ""), group)
                 )
     return gold_eval.markdown(rows)
 
@@ -246,8 +257,8 @@ def main() -> None:
     if args.only is not None:
         chosen = [(x.split(":")[0], float(x.split(":")[1]), int(x.split(":")[2])) for x in args.only]
     results = []
-    for loss, lmbda, seed in chosen:
-        results.append(run_cell(args.out, loss, lmbda, seed, args.extra))
+    for name, lmbda, seed in chosen:
+        results.append(run_cell(args.out, name, lmbda, seed, args.extra))
         print(json.dumps(results[-1]), flush=True)
     table = show(args.out, results)
     print(table)
