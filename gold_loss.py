@@ -39,7 +39,7 @@ This file knows nothing about configs, tokenizers, models, ranks, or who made th
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -86,9 +86,14 @@ class Side:
 
     hidden: Tensor  # (N, H) row i predicts ids[i]
     head: Head
-    ids: Tensor  # (N,)
-    span: Tensor = field(default=None)  # (N,) aligned span of token i, counted over the batch; -1: outside every span
+    ids: Tensor | None = None  # (N,)
+    span: Tensor | None = None  # (N,) aligned span of token i, counted over the batch; -1: outside every span
     temperature: float = 1.0
+
+    def at(self, rows: Tensor) -> "Side":
+        """These rows only, without their spans."""
+        ids = None if self.ids is None else self.ids[rows]
+        return Side(self.hidden[rows], self.head, ids, temperature=self.temperature)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,18 +212,18 @@ class _RowLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, row_fn, stats, chunk, head, teacher_hidden, teacher_head, hidden, weight, bias, extra):
+    def forward(ctx, row_fn, stats, chunk, head, teacher, hidden, weight, bias, extra):
         weight = weight.to(hidden.dtype)
-        want_grad, want_extra = any(ctx.needs_input_grad), ctx.needs_input_grad[9]
-        grads = _HeadGradients(hidden, weight, head, ctx.needs_input_grad[6:9])
+        want_grad, want_extra = any(ctx.needs_input_grad), ctx.needs_input_grad[8]
+        grads = _HeadGradients(hidden, weight, head, ctx.needs_input_grad[5:8])
         d_extra = torch.zeros_like(extra) if want_extra else None
-        teacher_weight = None if teacher_head is None else teacher_head.weight.to(teacher_hidden.dtype)
+        teacher_weight = None if teacher is None else teacher.head.weight.to(teacher.hidden.dtype)
         values = torch.zeros(hidden.size(0), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
 
         def one_chunk(rows: slice) -> None:  # a function: its buffers are gone before the next chunk's are made
             z = _project(hidden[rows], weight, head)
             slope = grads.slope(z) if want_grad else None
-            teacher_z = None if teacher_head is None else _project(teacher_hidden[rows], teacher_weight, teacher_head)
+            teacher_z = None if teacher is None else _project(teacher.hidden[rows], teacher_weight, teacher.head)
             values[rows], dz, dx, stat = row_fn(z, teacher_z, None if extra is None else extra[rows], rows, want_grad)
             for name, x in stat.items():
                 stats.setdefault(name, torch.zeros_like(values))[rows] = x.detach()
@@ -236,7 +241,7 @@ class _RowLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_total, _):
-        return (None,) * 6 + tuple(None if g is None else g * d_total for g in ctx.saved_tensors)
+        return (None,) * 5 + tuple(None if g is None else g * d_total for g in ctx.saved_tensors)
 
 
 def _law_stats(logq: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
@@ -251,18 +256,16 @@ def _tempered(logq: Tensor, temperature: float) -> Tensor:
 
 def _row_loss(
     row_fn: Callable,
-    hidden: Tensor,
-    head: Head,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Head | None = None,
+    student: Side,
+    teacher: Side | None = None,
     extra: Tensor | None = None,
     chunk: int | None = None,
     rows: Tensor | None = None,
 ) -> Loss:
     stats: dict[str, Tensor] = {}
-    total, values = _RowLoss.apply(
-        row_fn, stats, chunk, head, teacher_hidden, teacher_head, hidden, head.weight, head.bias, extra
-    )
+    head = student.head
+    inputs = (student.hidden, head.weight, head.bias, extra)
+    total, values = _RowLoss.apply(row_fn, stats, chunk, head, teacher, *inputs)
     return Loss(total, values, stats, rows)
 
 
@@ -362,9 +365,8 @@ def fused_jsd(student: Side, teacher: Side, beta: float, scale: str = "kl", chun
             dz = qh.sub_(q.mul_(qh.sum(-1, keepdim=True))).mul_(factor / student.temperature)
         return factor * terms.sum(-1), dz, None, stats
 
-    return _row_loss(
-        row_fn, student.hidden, student.head.first(common), teacher.hidden, teacher.head.first(common), chunk=chunk
-    )
+    sides = (replace(side, head=side.head.first(common)) for side in (student, teacher))
+    return _row_loss(row_fn, *sides, chunk=chunk)
 
 
 def fused_cross_entropy(student: Side, chunk: int | None = None) -> Loss:
@@ -377,7 +379,7 @@ def fused_cross_entropy(student: Side, chunk: int | None = None) -> Loss:
         dz = logq.exp().scatter_add_(1, ids, torch.full_like(logq[:, :1], -1.0)) if want_grad else None
         return -stats["logprob"], dz, None, stats
 
-    return _row_loss(row_fn, student.hidden, student.head, chunk=chunk)
+    return _row_loss(row_fn, student, chunk=chunk)
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -414,7 +416,7 @@ def fused_topk_jsd(
         values, stats = topk_jsd(logq / student.temperature, ids[rows], teacher_logprobs[rows], beta, scale)
         return values, stats | _law_stats(logq, None if student.ids is None else student.ids[rows])
 
-    return _row_loss(_by_autograd(fn), student.hidden, student.head, chunk=chunk)
+    return _row_loss(_by_autograd(fn), student, chunk=chunk)
 
 
 def student_topk_jsd(
@@ -484,8 +486,7 @@ def _span_ends(span: Tensor) -> tuple[Tensor, Tensor]:
 def _span_logprobs(side: Side, num_spans: int, wanted: Tensor, chunk: int | None) -> Tensor:
     """Chain-rule log probability (G,) of the wanted spans' own tokens, 0 for the others; gradient for both tensors."""
     rows = ((side.span >= 0) & wanted[side.span.clamp_min(0)]).nonzero()[:, 0] if num_spans else side.span.new_zeros(0)
-    part = Side(side.hidden[rows], side.head, side.ids[rows], temperature=side.temperature)
-    logp, _ = token_logprobs(part, chunk)
+    logp, _ = token_logprobs(side.at(rows), chunk)
     return logp.new_zeros(num_spans).index_add(0, side.span[rows], logp)
 
 
@@ -510,9 +511,8 @@ def bins_loss(
     """
     (first_s, last_s), (first_t, last_t) = _span_ends(student.span), _span_ends(teacher.span)
     num_spans = first_s.numel()
-    crowded = (torch.bincount(student_bin, minlength=num_bins) > 1) | (
-        torch.bincount(teacher_bin, minlength=num_bins) > 1
-    )
+    most = torch.maximum(*(torch.bincount(bins, minlength=num_bins) for bins in (student_bin, teacher_bin)))
+    crowded = most > 1
     bin_s, bin_t = student_bin[student.ids[first_s]], teacher_bin[teacher.ids[first_t]]
     wanted = (first_s < last_s) | (first_t < last_t) | crowded[bin_s] | crowded[bin_t]
     span_s = _span_logprobs(student, num_spans, wanted, chunk)
@@ -534,8 +534,7 @@ def bins_loss(
         return divergence(logp, logq, beta, scale).sum(-1), _law_stats(logz, student.ids[first_s[rows]])
 
     extra = torch.stack([span_s, span_t], 1)
-    hidden, teacher_hidden = student.hidden[first_s], teacher.hidden[first_t]
-    return _row_loss(_by_autograd(fn), hidden, student.head, teacher_hidden, teacher.head, extra, chunk, first_s)
+    return _row_loss(_by_autograd(fn), student.at(first_s), teacher.at(first_t), extra, chunk, first_s)
 
 
 def alm_loss(student: Side, teacher_logprobs: Tensor, teacher_span: Tensor, chunk: int | None = None) -> Loss:
@@ -592,56 +591,50 @@ def uld_loss(
     late = 1 if trl == "observed" else 0
     (first_s, last_s), (first_t, last_t) = _span_ends(student.span), _span_ends(teacher.span)
     base_s, base_t = (first_s + 1, first_t + 1) if late else (last_s, last_t)
+    match_s, match_t = match or (first_s[:0], first_t[:0])
+    rest_s, rest_t = _unmatched(student, match_s), _unmatched(teacher, match_t)
+    share = match_t.numel() / teacher.head.weight.size(0)
+    matched_weight, rest_weight = weights or (share, 1 - share)
 
     def others(side: Side, base: Tensor) -> Tensor:
         """Log probability (G,) of the span's tokens other than the one whose whole law is compared."""
         keep = side.span >= 0
         keep[base - late] = False
         rows = keep.nonzero()[:, 0]
-        logp, _ = token_logprobs(
-            Side(side.hidden[rows + late], side.head, side.ids[rows], temperature=side.temperature)
-        )
-        if trl:
-            logp = logp.clamp_min(math.log(1e-8))
+        logp, _ = token_logprobs(replace(side.at(rows), hidden=side.hidden[rows + late]), chunk)
+        logp = logp.clamp_min(math.log(1e-8)) if trl else logp
         return logp.new_zeros(base.numel()).index_add(0, side.span[rows], logp)
+
+    def sorted_l1(q: Tensor, p: Tensor) -> Tensor:
+        if q.size(1) == 0 or p.size(1) == 0:
+            return q.new_zeros(q.size(0))
+        width = max(q.size(1), p.size(1))
+        q, p = (F.pad(x.sort(dim=-1, descending=True).values, (0, width - x.size(1))) for x in (q, p))
+        return (q - p).abs().sum(-1)
+
+    def fn(z, teacher_z, extra, rows):
+        extra = extra.to(z.dtype)
+        logz = F.log_softmax(z, dim=-1)
+        logq = _tempered(logz, student.temperature) + extra[:, :1]
+        logp = F.log_softmax(teacher_z / teacher.temperature, dim=-1) + extra[:, 1:].detach()
+        part_q, part_p = logq[:, match_s], logp[:, match_t]
+        matched = (_trl_terms(part_p, part_q, beta) if trl else divergence(part_p, part_q, beta, scale)).sum(-1)
+        unmatched = sorted_l1(logq[:, rest_s].exp(), logp[:, rest_t].exp())
+        stats = _law_stats(logz, student.ids[base_s[rows]]) | {"matched": matched, "unmatched": unmatched}
+        return matched_weight * matched + rest_weight * unmatched, stats
 
     others_s = others(student, base_s)
     with torch.no_grad():
         others_t = others(teacher, base_t)
-
-    num_s, num_t = student.head.weight.size(0), teacher.head.weight.size(0)
-    device = student.hidden.device
-    rest_s = torch.ones(num_s, dtype=torch.bool, device=device)
-    rest_t = torch.ones(num_t, dtype=torch.bool, device=device)
-    if match is not None:
-        rest_s[match[0]], rest_t[match[1]] = False, False
-    rest_s, rest_t = rest_s.nonzero()[:, 0], rest_t.nonzero()[:, 0]
-    matched_weight, rest_weight = 0.0, 1.0
-    if match is not None:
-        matched_weight, rest_weight = weights or (len(match[1]) / num_t, 1 - len(match[1]) / num_t)
-
-    def sorted_l1(q, p):
-        q, p = (x.sort(dim=-1, descending=True).values for x in (q, p))
-        width = max(q.size(1), p.size(1))
-        return (F.pad(q, (0, width - q.size(1))) - F.pad(p, (0, width - p.size(1)))).abs().sum(-1)
-
-    def fn(z, teacher_z, extra, rows):
-        logz = F.log_softmax(z, dim=-1)
-        stats = _law_stats(logz, student.ids[base_s[rows]])
-        logq = _tempered(logz, student.temperature) + extra[:, :1].to(logz.dtype)
-        logp = F.log_softmax(teacher_z / teacher.temperature, dim=-1) + extra[:, 1:].detach().to(logz.dtype)
-        matched = unmatched = torch.zeros_like(logq[:, 0])
-        if rest_s.numel() and rest_t.numel():
-            unmatched = sorted_l1(logq[:, rest_s].exp(), logp[:, rest_t].exp())
-        if match is not None:
-            part_q, part_p = logq[:, match[0]], logp[:, match[1]]
-            matched = (_trl_terms(part_p, part_q, beta) if trl else divergence(part_p, part_q, beta, scale)).sum(-1)
-        values = matched_weight * matched + rest_weight * unmatched
-        return values, stats | {"matched": matched, "unmatched": unmatched}
-
     extra = torch.stack([others_s, others_t], 1)
-    hidden, teacher_hidden = student.hidden[base_s], teacher.hidden[base_t]
-    return _row_loss(_by_autograd(fn), hidden, student.head, teacher_hidden, teacher.head, extra, chunk, base_s)
+    return _row_loss(_by_autograd(fn), student.at(base_s), teacher.at(base_t), extra, chunk, base_s)
+
+
+def _unmatched(side: Side, matched: Tensor) -> Tensor:
+    """Ids of the side's vocabulary that are not among `matched`."""
+    rest = torch.ones(side.head.weight.size(0), dtype=torch.bool, device=matched.device)
+    rest[matched] = False
+    return rest.nonzero()[:, 0]
 
 
 def _trl_terms(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
