@@ -15,6 +15,7 @@ import functools
 import gc
 import http.client
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -679,19 +680,15 @@ class LocalTeacher:
         pass
 
 
-def _pack(x):
-    """A tensor as bytes (numpy has no bfloat16, and sharing torch's memory needs the sender to live on)."""
-    if not isinstance(x, Tensor):
-        return x
-    x = x.detach().cpu().contiguous()
-    return x.view(torch.uint8).numpy().tobytes(), str(x.dtype).removeprefix("torch."), tuple(x.shape)
+def _pack(value) -> bytes:
+    """Tensors as bytes: multiprocessing's own way, shared memory, needs the sender to live on."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
-def _unpack(packed):
-    if not isinstance(packed, tuple):
-        return packed
-    data, dtype, shape = packed
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(getattr(torch, dtype)).view(shape)
+def _unpack(data: bytes):
+    return torch.load(io.BytesIO(data), map_location="cpu")
 
 
 def _serve_teacher(load, address: str, key: bytes, clients: int, parent: int) -> None:
@@ -705,9 +702,9 @@ def _serve_teacher(load, address: str, key: bytes, clients: int, parent: int) ->
                 try:
                     with lock:
                         if name == "head":
-                            result = {k: _pack(v) for k, v in teacher.head.items()}
+                            result = _pack(teacher.head)
                         elif name == "hidden":
-                            result = _pack(teacher.hidden(*map(_unpack, args)))
+                            result = _pack(teacher.hidden(*_unpack(*args)))
                         else:
                             result = teacher.generate(*args)
                     connection.send((True, result))
@@ -758,7 +755,7 @@ class SharedTeacher:
                 self.connection = Client(here[0], family="AF_UNIX", authkey=here[1])
             except (FileNotFoundError, ConnectionRefusedError):
                 time.sleep(0.1)
-        self.head = {k: _unpack(v) for k, v in self._ask("head").items()}
+        self.head = _unpack(self._ask("head"))
 
     def _ask(self, name: str, *args):
         with self.lock:
@@ -774,7 +771,7 @@ class SharedTeacher:
         return result
 
     def hidden(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        return _unpack(self._ask("hidden", *map(_pack, (ids, mask, rows))))
+        return _unpack(self._ask("hidden", _pack((ids, mask, rows))))
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         return self._ask("generate", requests, sampling)
@@ -845,10 +842,10 @@ class ServedTeacher:
 
     def _complete(self, ids: list[int], **settings) -> dict:
         body = {"model": self.model, "prompt": ids, "add_special_tokens": False, "return_token_ids": True} | settings
-        if len(ids) + settings["max_tokens"] > self.max_length:
+        if (length := len(ids) + settings["max_tokens"]) > self.max_length:
             raise ValueError(
-                f"{len(ids)} teacher tokens + {settings['max_tokens']} are more than {self.url} takes: "
-                "restart it with a larger --max-model-len, or lower --max-length"
+                f"{length} teacher tokens are more than the {self.max_length} that {self.url} takes: restart it with a "
+                "larger --max-model-len, or lower --max-length"
             )
         choice = self._ask("/v1/completions", "choices", body)[0]
         if (read := choice.get("prompt_token_ids")) != ids:
