@@ -292,13 +292,14 @@ def load_vocabulary(name: str, revision: str | None) -> gold_data.Vocabulary:
 class Student(torch.nn.Module):
     """What DDP wraps: ids (B, T) -> hidden states (C, H) at flat positions `rows`. The loss applies the head itself."""
 
-    def __init__(self, model, backbone):
+    def __init__(self, model, backbone, dtype: torch.dtype):
         super().__init__()
         self.model, self.backbone = model, backbone  # the head's weight is a parameter of `model`
+        self.dtype = dtype  # norms with fp32 weights return fp32 under autocast; the head's products are large
 
     def forward(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
         hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)[rows]
+        return hidden.flatten(0, 1)[rows].to(self.dtype)
 
 
 @dataclass
@@ -686,7 +687,8 @@ def open_student(cfg: Config, ranks: Ranks):
     backbone, head = gold_buffer.split_head(student)
     if cfg.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    model = Student(student, torch.compile(backbone) if cfg.compile else backbone)
+    dtype = compute_dtype(cfg, ranks.device)
+    model = Student(student, torch.compile(backbone) if cfg.compile else backbone, dtype)
     if dist.is_initialized():
         model = DistributedDataParallel(model, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None)
     return student, gold_loss.Head(**head), model

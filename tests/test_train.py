@@ -175,6 +175,19 @@ def test_gradient_checkpointing_changes_memory_only(models, data, tmp_path):
         assert a["actor/grad_norm"] == pytest.approx(b["actor/grad_norm"], rel=1e-6)
 
 
+@pytest.mark.parametrize("teacher", ["same", "cross"])
+def test_bf16_passes_over_fp32_weights_give_nearly_the_same_gradient(models, data, tmp_path, teacher):
+    """And the weights stay fp32."""
+    rows = []
+    for dtype in ("fp32", "bf16"):
+        cfg = config(models, data, tmp_path / dtype, teacher, dtype=dtype, lmbda=0.0, max_steps=1)
+        gold_train.train(cfg, ALONE)
+        rows += metrics(cfg.output_dir)
+    assert rows[0]["actor/loss"] != rows[1]["actor/loss"] == pytest.approx(rows[0]["actor/loss"], rel=0.02)
+    assert rows[1]["actor/grad_norm"] == pytest.approx(rows[0]["actor/grad_norm"], rel=0.05)
+    assert {value.dtype for value in weights(tmp_path / "bf16").values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("loss", ["bins", "bins+alm", "alm", "hybrid", "uld"])
 def test_every_cross_tokenizer_loss_trains(models, data, tmp_path, loss):
     """From a random student towards a random teacher, the loss of the same held-out answers goes down."""
@@ -356,6 +369,8 @@ def test_every_metric_of_the_design_is_logged(evaluated):
         timing/wait timing/step timing/other perf/tokens_per_s"""
     assert set(expected.split()) == set(row)
     assert all(isinstance(value, (int, float)) for value in row.values())
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in row if f"`{name}`" not in readme] == []
 
 
 def read_wandb(path: Path) -> list[dict]:
