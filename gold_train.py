@@ -1175,7 +1175,7 @@ def make_model(folder: Path, texts: list[str], bytes_level: bool, hidden: int, l
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-TEACHER_STEPS, STUDENT_STEPS = 600, 160
+TEACHER_STEPS, STUDENT_STEPS = 800, 160
 EMBEDDED = Config(
     dataset="countdown-mini", split="train[:500]", max_length=96, max_completion_length=64,
     per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=600, learning_rate=3e-3, weight_decay=0.01,
