@@ -16,6 +16,7 @@ import gc
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -108,23 +109,15 @@ class HFSampler:
         rollouts: dict[int, Rollout] = {}
         was_training = self.model.training
         self.model.eval()
-        for batch in self._batches(requests):
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))  # less padding
+        while order:
+            longest = len(requests[order[0]].prompt_ids) + self.sampling.max_new_tokens
+            size = max(1, self.max_batch_tokens // longest)
+            batch, order = order[:size], order[size:]
             for i, (ids, logprobs) in zip(batch, self._decode([requests[i] for i in batch])):
                 rollouts[i] = Rollout(ids, logprobs, ids[-1] in self.sampling.end_ids, self.version)
         self.model.train(was_training)
         return [rollouts[i] for i in range(len(requests))]
-
-    def _batches(self, requests: list[Request]) -> Iterator[list[int]]:
-        """Indices of similar prompt length, as many as fit."""
-        batch: list[int] = []
-        for i in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids)):
-            longest = len(requests[batch[0] if batch else i].prompt_ids) + self.sampling.max_new_tokens
-            if batch and (len(batch) + 1) * longest > self.max_batch_tokens:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
 
     @torch.no_grad()
     def _decode(self, requests: list[Request]) -> list[tuple[list[int], list[float]]]:
@@ -136,9 +129,8 @@ class HFSampler:
         ids = put([[0] * p + r.prompt_ids for p, r in zip(pad, requests)])
         mask = put([[0] * p + [1] * (width - p) for p in pad])
         position = (mask.cumsum(1) - 1).clamp_min(0)
-        uniform = put(
-            np.stack([np.random.Generator(np.random.Philox(r.seed)).random(s.max_new_tokens) for r in requests])
-        )
+        uniform = [np.random.Generator(np.random.Philox(r.seed)).random(s.max_new_tokens) for r in requests]
+        uniform = put(np.stack(uniform))
         ends, alive = put(s.end_ids, dtype=torch.long), torch.arange(len(requests), device=self.device)
         cache, steps = DynamicCache(config=self.model.config), []
         with self.autocast:  # one context for all steps: it keeps the weights it has cast
@@ -166,13 +158,9 @@ class HFSampler:
         return out
 
     def check(self) -> None:
-        """Nothing here can hang."""
+        """Nothing here hangs, has memory to give back or needs an end: see VLLMSampler."""
 
-    def sleep(self) -> None:
-        """It has no memory to give back."""
-
-    def close(self) -> None:
-        """Nothing to end."""
+    sleep = close = check
 
 
 def _draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
@@ -411,10 +399,7 @@ class Schedule:
     def steps_for(self, rows: int) -> int:
         """Fewest steps after which the first `rows` of the stream have all been used."""
         per_step = self.slots * self.world_size
-        step = 0
-        while self.rows_before(step * per_step) < rows:
-            step += 1
-        return step
+        return next(step for step in itertools.count() if self.rows_before(step * per_step) >= rows)
 
     def draw(self, step: int) -> list[Slot]:
         first = (step * self.world_size + self.rank) * self.slots
@@ -456,22 +441,24 @@ class StreamedRows:
     """
 
     def __init__(self, open_rows):
-        self.open_rows, self._cache = open_rows, {}
-        self._iterator, self._next, self._epoch, self._in_epoch = open_rows(), 0, 0, 0
+        self.open_rows = open_rows
+        self._rows, self._next, self._cache = self._epochs(), 0, {}
+
+    def _epochs(self) -> Iterator[tuple[int, int, Row]]:
+        for epoch in itertools.count():
+            index = -1
+            for index, row in enumerate(self.open_rows()):
+                yield epoch, index, row
+            if index < 0:
+                raise ValueError("the streamed data set has no usable row")
 
     def __getitem__(self, position: int) -> tuple[int, int, Row]:
         if position < self._next and position not in self._cache:  # an earlier window is made again
-            self._iterator, self._next, self._epoch, self._in_epoch, self._cache = self.open_rows(), 0, 0, 0, {}
+            self._rows, self._next, self._cache = self._epochs(), 0, {}
         while self._next <= position:
-            row = next(self._iterator, None)
-            if row is None:
-                if self._in_epoch == 0:
-                    raise ValueError("the streamed data set has no usable row")
-                self._iterator, self._epoch, self._in_epoch = self.open_rows(), self._epoch + 1, 0
-                continue
-            self._cache[self._next] = (self._epoch, self._in_epoch, row)
+            self._cache[self._next] = next(self._rows)
             self._cache.pop(self._next - 100_000, None)
-            self._next, self._in_epoch = self._next + 1, self._in_epoch + 1
+            self._next += 1
         return self._cache[position]
 
 
@@ -487,10 +474,8 @@ class Encoder:
 
     def prompts(self, row: Row) -> tuple[list[int], list[int]]:
         """(student, teacher) prompt ids, each by its own chat template."""
-        student = gold_data.encode_prompt(self.student.tokenizer, row.prompt)
-        if self.teacher is None:
-            return student, []
-        return student, gold_data.encode_prompt(self.teacher.tokenizer, row.prompt)
+        both = (self.student, self.teacher)
+        return tuple([] if v is None else gold_data.encode_prompt(v.tokenizer, row.prompt) for v in both)
 
     def completion(self, text: str, whole: bool = True) -> tuple[list[int], bool]:
         """(ids, finished): the student's ids of a written completion; a cut one has no end, so none is trained."""
@@ -503,9 +488,8 @@ class Encoder:
 
     def align(self, sample: Sample) -> Sample:
         if self.cross_tokenizer:
-            sample.alignment = gold_data.align(
-                self.student, self.teacher, sample.completion_ids, sample.finished, self.prefix
-            )
+            both, ids = (self.student, self.teacher), sample.completion_ids
+            sample.alignment = gold_data.align(*both, ids, sample.finished, self.prefix)
         return sample
 
 
@@ -599,6 +583,7 @@ class WindowBuffer:
 
     def state(self) -> list[dict]:
         """Windows made ahead and not yet trained; waits for those being made. Part of a checkpoint."""
+        self._wait(self.pending.values())
         windows = [future.result() for future in self.pending.values()]
         return [vars(w) | {"samples": [vars(s) | {"alignment": None} for s in w.samples]} for w in windows]
 
