@@ -13,17 +13,21 @@ import json
 import math
 import random
 import re
+import sys
 import zlib
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": str}
@@ -135,6 +139,8 @@ def raw_rows(dataset: str, subset: str | None = None, split: str = "train", stre
     if path.suffix in (".jsonl", ".json", ".parquet"):
         if not path.exists():
             raise FileNotFoundError(f"data set file {dataset} does not exist")
+        if subset is not None:
+            raise ValueError(f"{dataset} is a single file, it has no subset {subset!r}")
         rows = _jsonl(path) if path.suffix != ".parquet" else datasets.Dataset.from_parquet(str(path))
         return _sliced(rows, match, streaming)
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
@@ -283,24 +289,31 @@ def countdown_prompt(nums: list[int], target: int) -> list[Message]:
     return [{"role": "system", "content": COUNTDOWN_SYSTEM}, {"role": "user", "content": user}]
 
 
-def countdown_puzzle(rng: random.Random, numbers: tuple[int, int], top: int, operations: str, top_target: int) -> dict:
-    """One solvable puzzle {nums, target, solution}, built forwards from a random expression over all its numbers.
+@dataclass(frozen=True)
+class Difficulty:
+    """The rule of countdown_puzzle."""
+
+    numbers: tuple[int, int] = (3, 4)  # fewest and most numbers of a puzzle
+    top: int = 99  # largest number
+    operations: str = "+-*/"  # what combines them
+    top_target: int = 100  # largest target
+
+
+def countdown_puzzle(rng: random.Random, rule: Difficulty) -> dict | None:
+    """A puzzle {nums, target, solution} of a random expression over all its numbers; None if it breaks the rule.
 
     Intermediate values are positive integers, as in the game; the target is in 1..top_target.
     """
-    while True:
-        nums = [rng.randint(1, top) for _ in range(rng.randint(*numbers))]
-        terms = [(n, str(n), 2) for n in nums]  # value, text, binding strength: 0 sum, 1 product, 2 atom
-        while len(terms) > 1:
-            a, b = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
-            term = _combine(a, b, rng.choice(operations))
-            if term is None:
-                break
-            terms.append(term)
-        else:
-            value, text, _ = terms[0]
-            if value <= top_target:
-                return {"nums": nums, "target": value, "solution": text}
+    nums = [rng.randint(1, rule.top) for _ in range(rng.randint(*rule.numbers))]
+    terms = [(n, str(n), 2) for n in nums]  # value, text, binding strength: 0 sum, 1 product, 2 atom
+    while len(terms) > 1:
+        a, b = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
+        term = _combine(a, b, rng.choice(rule.operations))
+        if term is None:
+            return None
+        terms.append(term)
+    target, solution, _ = terms[0]
+    return {"nums": nums, "target": target, "solution": solution} if target <= rule.top_target else None
 
 
 def _combine(a: tuple[int, str, int], b: tuple[int, str, int], op: str) -> tuple[int, str, int] | None:
@@ -314,7 +327,7 @@ def _combine(a: tuple[int, str, int], b: tuple[int, str, int], op: str) -> tuple
     return int(value), f"{left} {op} {right}", strength
 
 
-def mini_puzzle(rng: random.Random) -> dict:
+def mini_puzzle(rng: random.Random) -> dict | None:
     """Three numbers up to 20, + and - only, with the reasoning that solves it: what tiny models learn on a CPU.
 
     All numbers together are too much by twice the sum of those that must be subtracted.
@@ -323,7 +336,7 @@ def mini_puzzle(rng: random.Random) -> dict:
     signs = [rng.choice((1, -1)) for _ in nums]
     target, total = sum(s * n for s, n in zip(signs, nums)), sum(nums)
     if target <= 0:
-        return mini_puzzle(rng)
+        return None
     solution = " + ".join(str(n) for s, n in zip(signs, nums) if s > 0)
     solution += "".join(f" - {n}" for s, n in zip(signs, nums) if s < 0)
     a, b, c = nums
@@ -331,30 +344,35 @@ def mini_puzzle(rng: random.Random) -> dict:
     return {"nums": nums, "target": target, "solution": solution, "think": think}
 
 
-def make_countdown(n: int, seed: int = 0, mini: bool = False, test: bool = False, **rule) -> list[dict]:
+def make_countdown(
+    n: int, seed: int = 0, mini: bool = False, test: bool = False, rule: Difficulty = Difficulty()
+) -> list[dict]:
     """n different puzzles as rows with prompt, completion, nums and target.
 
     Every puzzle belongs to train or test by a hash of its numbers, in any order, and target: the two never meet,
-    whatever the seeds.
+    whatever the seeds and rules.
 
     Args:
         mini: `mini_puzzle` with a one-line prompt instead of the published game.
-        rule: overrides of countdown_puzzle's `numbers`, `top`, `operations`, `top_target`.
-    Raises ValueError if the rule does not allow n different puzzles.
+        rule: how hard the published game is.
+    Raises ValueError for a rule that makes no sense or does not allow n different puzzles.
     """
-    rule = {"numbers": (3, 4), "top": 99, "operations": "+-*/", "top_target": 100} | rule
+    if not 1 <= rule.numbers[0] <= rule.numbers[1] or min(n, rule.top, rule.top_target) < 1:
+        raise ValueError(f"n and the limits of {rule} must be at least 1, and `numbers` in order")
+    if not rule.operations or set(rule.operations) - set("+-*/"):
+        raise ValueError(f"operations {rule.operations!r}: choose some of +-*/")
     rng, rows, seen, misses = random.Random(f"countdown {seed} {test}"), [], set(), 0
     while len(rows) < n:
-        puzzle = mini_puzzle(rng) if mini else countdown_puzzle(rng, **rule)
-        nums, target, solution = puzzle["nums"], puzzle["target"], puzzle["solution"]
-        in_test = zlib.crc32(str((*sorted(nums), target)).encode()) % 10 == 0
-        if in_test != test or (*nums, target) in seen:
+        puzzle = mini_puzzle(rng) if mini else countdown_puzzle(rng, rule)
+        key = puzzle and (*puzzle["nums"], puzzle["target"])
+        in_test = key and zlib.crc32(str((*sorted(key[:-1]), key[-1])).encode()) % 10 == 0
+        if key is None or in_test != test or key in seen:
             misses += 1
-            if misses > 10_000:
+            if misses == 100_000:
                 raise ValueError(f"only {len(rows)} different puzzles found, {n} wanted: allow more or larger numbers")
             continue
-        seen.add((*nums, target))
-        misses = 0
+        seen.add(key)
+        misses, nums, target, solution = 0, puzzle["nums"], puzzle["target"], puzzle["solution"]
         prompt = countdown_prompt(nums, target)
         if mini:
             prompt = [{"role": "user", "content": MINI_USER.format(target=target, nums=", ".join(map(str, nums)))}]
@@ -597,6 +615,23 @@ class Vocabulary:
     @cached_property
     def tree(self) -> "PrefixTree":
         return PrefixTree([b for b, _ in self._sorted])
+
+
+def load_vocabulary(name: str, revision: str | None = None) -> Vocabulary:
+    """The tokenizer of a model as bytes, with the ids that end its completions. Raises ValueError naming the model."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
+    try:
+        ends = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+    except OSError:
+        ends = config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+    return Vocabulary(tokenizer, end_ids(tokenizer, ends), config.get_text_config().vocab_size)
 
 
 def _utf8_parts(data: bytes) -> Iterator[tuple[bytes, bool]]:
@@ -1017,33 +1052,37 @@ def _collate_queries(batch: Batch, parts: list[tuple]) -> None:
 
 
 def missed_mass(vocabulary: Vocabulary, text: str) -> float:
-    """Share of probability, averaged over the bytes of `text`, that the covering sums of `prefix_queries` miss.
+    """Share of probability that the covering sums of `prefix_queries` miss, averaged over the used offsets of `text`.
 
-    Measured from tokenizer and text alone: words of the text are taken as drawn from their own frequencies. At an
-    offset inside a word, the words that begin with the same bytes carry the mass of that prefix; those whose tokens,
-    before the offset, are not tokens of this word's path followed by one covering token are missed.
+    No model is asked: the law is that words follow each other as often as they occur in `text`, where a word is what
+    stands between two spaces that tokens begin with. F(k) inside a word is then the share of the words that begin with
+    the same k bytes, and missed are those that, up to k, have a token boundary that the path has not. Words that the
+    text has once have no alternative: the figure grows with the text, and is a lower bound for a model's.
     """
-    words = Counter(re.findall(r"[ ]?[^\s]+|\s+", text))
-    starts: dict[bytes, tuple[int, ...]] = {}
-    mass: dict[bytes, Counter] = defaultdict(Counter)  # prefix -> how it is tokenised -> weight
-    for word, weight in words.items():
-        data = word.encode()
-        ids, ends = vocabulary.encode(data)
-        starts[data] = tuple([0, *ends[:-1].tolist()])
-        for k in range(1, len(data) + 1):
-            mass[data[:k]][tuple(s for s in starts[data] if s < k)] += weight
+    data = text.encode()
+    ends = [0, *vocabulary.encode(data)[1].tolist()]
+    cuts = sorted({0, ends[-1]} | {m.start() for m in re.finditer(rb"(?<=\S)\s", data)} & set(ends))
+    words: Counter[tuple[bytes, tuple[int, ...]]] = Counter()  # (bytes, boundaries from 0 to the last)
+    for start, stop in pairwise(cuts):
+        inside = ends[bisect_left(ends, start) : bisect_right(ends, stop)]
+        words[data[start:stop], tuple(end - start for end in inside)] += 1
+    begin: dict[bytes, Counter] = defaultdict(Counter)  # first bytes of a word -> boundaries in them -> how often
+    for (word, path), often in words.items():
+        for k in range(1, len(word) + 1):
+            begin[word[:k]][path[: bisect_right(path, k)]] += often
     missed = total = 0.0
-    for word, weight in words.items():
-        data = word.encode()
-        path = starts[data]
-        for k in range(1, len(data) + 1):
-            inside = max((s for s in path if s < k), default=0)
-            if k - inside > 1 and k not in path and k < len(data) and data[inside:k] not in vocabulary.tokens:
-                continue  # not a used offset
-            patterns = mass[data[:k]]
-            here = sum(patterns.values())
-            missed += weight * sum(w for p, w in patterns.items() if p != path[: len(p)]) / here
-            total += weight
+    for (word, path), often in words.items():
+        for k in range(1, len(word) + 1):
+            at = bisect_left(path, k)
+            if path[at] != k and k - path[at - 1] > 1 and word[path[at - 1] : k] not in vocabulary.tokens:
+                continue  # F(k) is not used
+            alike, other = begin[word[:k]], 0
+            for theirs, count in alike.items():
+                if theirs[-1] == k and path[at] != k:
+                    theirs = theirs[:-1]  # the covering token may end at k, unless the path goes on from there
+                other += count * (theirs != path[: len(theirs)])
+            missed += often * other / sum(alike.values())
+            total += often
     return missed / max(total, 1)
 
 
@@ -1104,3 +1143,48 @@ def print_coverage(report: dict[str, float], student_name: str, teacher_name: st
     for key, meaning in REPORT.items():
         value = report[key]
         print(f"  {meaning:<66} {value:,.0f}" if value == int(value) and value > 1 else f"  {meaning:<66} {value:.4f}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+@dataclass(frozen=True)
+class Config:
+    """How well two tokenizers align on a text, or a file of Countdown puzzles."""
+
+    student: str | None = None  # directory or Hub id of a model
+    teacher: str | None = None  # directory or Hub id of another
+    text: str | None = None  # file of the text that both tokenize
+    make: Literal["countdown", "countdown-mini"] | None = None  # puzzles to write instead; mini is for tiny models
+    n: int = 10_000  # how many of them, all different
+    out: str | None = None  # .jsonl file to write
+    test: bool = False  # of the puzzles that no training set contains
+    seed: int = 0  # which puzzles
+    rule: tyro.conf.OmitArgPrefixes[Difficulty] = Difficulty()
+
+
+def main(config: Config) -> None:
+    """Raises ValueError or OSError for what the user can put right."""
+    if config.make is not None:
+        if config.out is None:
+            raise ValueError("--make needs a file to write: --out FILE.jsonl")
+        if config.make == "countdown-mini" and config.rule != Difficulty():
+            raise ValueError("countdown-mini has one difficulty: no --numbers, --top, --operations, --top-target")
+        rows = make_countdown(config.n, config.seed, config.make == "countdown-mini", config.test, config.rule)
+        Path(config.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{len(rows)} {'test' if config.test else 'training'} puzzles in {config.out}")
+    elif None in (config.student, config.teacher, config.text):
+        raise ValueError("name --student, --teacher and --text for a report, or --make and --out for puzzles")
+    else:
+        texts = [Path(config.text).read_text()]
+        student, teacher = load_vocabulary(config.student), load_vocabulary(config.teacher)
+        print_coverage(coverage(student, teacher, texts), config.student, config.teacher)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except (ValueError, OSError) as e:
+        print(f"gold_data.py: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -271,24 +271,6 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
 
 
-def load_vocabulary(name: str, revision: str | None) -> gold_data.Vocabulary:
-    """The tokenizer of a model as bytes, with the ids that end its completions. Raises ValueError naming the model."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
-    try:
-        ends = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
-    except OSError:
-        ends = config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-    size = config.get_text_config().vocab_size
-    return gold_data.Vocabulary(tokenizer, gold_data.end_ids(tokenizer, ends), size)
-
-
 class Student(torch.nn.Module):
     """What DDP wraps: ids (B, T) -> hidden states (C, H) at flat positions `rows`. The loss applies the head itself."""
 
@@ -773,8 +755,10 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
 
     with one_clear_line():  # most mistakes show before any weights are read
         check(cfg, ranks)
-        vocabulary = load_vocabulary(cfg.student_model, cfg.student_revision)
-        teacher_vocabulary = load_vocabulary(cfg.teacher_model, cfg.teacher_revision) if cfg.teacher_model else None
+        vocabulary = gold_data.load_vocabulary(cfg.student_model, cfg.student_revision)
+        teacher_vocabulary = (
+            gold_data.load_vocabulary(cfg.teacher_model, cfg.teacher_revision) if cfg.teacher_model else None
+        )
         pairing = pair(cfg, vocabulary, teacher_vocabulary, device) if teacher_vocabulary else None
         rows, rows_per_epoch, held = load_data(cfg, vocabulary, say)
         if master:
