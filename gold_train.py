@@ -861,6 +861,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         teacher.close()
     if last and dist.is_initialized():
         dist.barrier()
+        time.sleep(0.1)  # gloo's thread needs the GIL to drop the barrier, and DDP's end joins it while holding the GIL
         dist.destroy_process_group()  # before the evaluations drain: nobody waits for rank 0 in a collective
     return records.close() if master else False
 
