@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLOOR = -1e3  # stands for log 0: exp() of it is exactly 0, and differences of it stay finite
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # size of one (rows, vocabulary) buffer: 16 MB / 256 MB in float32
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # size of one (rows, vocabulary) buffer: 8 MB / 256 MB in float32
 
 
 class Loss(NamedTuple):

@@ -2,7 +2,7 @@
 
     python tests/bench_loss.py                                   our rows, and the peers' if they are installed
     python tests/bench_loss.py --peers /path/to/venv/bin/python  the peers' rows from another environment
-                                                                 (pip install trl==1.16.0 liger-kernel)
+                                                                 (pip install trl==1.16.0 liger-kernel tyro)
 
 One completion of 250, 500 or 1000 tokens behind a prompt of 30 % of all tokens, vocabularies of 32,000 and 151,936
 entries, hidden sizes 256 (student) and 512 (teacher), random weights. CPU: float32, one thread, a forked process per
