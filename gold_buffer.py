@@ -19,7 +19,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import random
@@ -676,35 +676,37 @@ def _unpack(data: bytes):
     return torch.load(io.BytesIO(data), map_location="cpu")
 
 
+def _exit_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 def _serve_teacher(load, address: str, key: bytes, clients: int, parent: int) -> None:
-    """The process that owns the node's teacher: answers until all `clients` ranks have left or `parent` is gone."""
-    teacher, lock, left = LocalTeacher(load()), threading.Lock(), threading.Semaphore(0)
-
-    def answer(connection) -> None:
-        with contextlib.suppress(EOFError, OSError):  # the client has gone
-            while True:
+    """The process that owns the node's teacher: answers until all `clients` ranks have left, or `parent` is gone."""
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    teacher = LocalTeacher(load())
+    with Listener(address, family="AF_UNIX", authkey=key, backlog=64) as listener:
+        ranks = [listener.accept() for _ in range(clients)]
+    while ranks:
+        for connection in multiprocessing.connection.wait(ranks):
+            try:
                 name, args = connection.recv()
-                try:
-                    with lock:
-                        if name == "head":
-                            result = _pack(teacher.head)
-                        elif name == "hidden":
-                            result = _pack(teacher.hidden(*_unpack(*args)))
-                        else:
-                            result = teacher.generate(*args)
-                    connection.send((True, result))
-                except Exception as e:  # noqa: BLE001  the rank that asked raises it
-                    connection.send((False, f"{type(e).__name__}: {e}"))
-        left.release()
+                connection.send(_answer(teacher, name, args))
+            except (EOFError, OSError):  # this rank has left
+                ranks.remove(connection)
 
-    def accept() -> None:
-        listener = Listener(address, family="AF_UNIX", authkey=key, backlog=64)
-        for _ in range(clients):
-            threading.Thread(target=answer, args=(listener.accept(),), daemon=True).start()
 
-    threading.Thread(target=accept, daemon=True).start()
-    while clients and os.getppid() == parent:
-        clients -= left.acquire(timeout=0.5)
+def _answer(teacher: LocalTeacher, name: str, args: tuple) -> tuple:
+    """(True, the result) or (False, what went wrong): the rank that asked raises it."""
+    try:
+        if name == "head":
+            return True, _pack(teacher.head)
+        if name == "hidden":
+            return True, _pack(teacher.hidden(*_unpack(*args)))
+        return True, teacher.generate(*args)
+    except Exception as e:  # noqa: BLE001
+        return False, f"{type(e).__name__}: {e}"
 
 
 class SharedTeacher:
