@@ -224,7 +224,13 @@ ONE = {"plain dense": plain, "gold fused_jsd": fused}
 ONE_PEERS = {"TRL GOLD, dense": trl_dense, "TRL Distillation, chunked": trl_chunked, "Liger, chunked": liger}
 TWO = {"gold uld": uld, "gold hybrid": hybrid, "gold bins": bins, "gold alm": alm, "gold prefix": prefix}
 TWO_PEERS = {"TRL uld": trl_uld, "TRL hybrid": trl_hybrid}
-BUFFERS = {"plain dense": 12, "TRL GOLD, dense": 18, "TRL uld": 12, "TRL hybrid": 14}  # of (T, V), to refuse in time
+BUFFERS = {
+    "plain dense": 12,
+    "TRL GOLD, dense": 18,
+    "Liger, chunked": 18,
+    "TRL uld": 12,
+    "TRL hybrid": 14,
+}  # of (T, V), to refuse in time
 
 
 # ----------------------------------------------------------------------------------------------------------------------
