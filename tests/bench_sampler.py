@@ -38,24 +38,24 @@ def save(folder: Path, tokenizer, hidden: int, layers: int, seed: int):
     return model
 
 
-def seconds_of(function, repeats: int = 3) -> float:
-    times = []
+def fastest(functions: dict, repeats: int = 5) -> dict[object, float]:
+    """Least seconds of each function, all taking turns: other work on the machine only ever adds time."""
+    best = dict.fromkeys(functions, float("inf"))
     for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
 
 
 def speeds(sampler) -> dict[int, float]:
-    """Tokens per second by window size; every completion has NEW tokens. Window 1 is timed as 16 calls."""
+    """Tokens per second by window size; every completion has NEW tokens. A window of 1 is timed as 16 calls."""
     requests = [Request([(7 * i + j) % 500 + 5 for j in range(PROMPT)], i) for i in range(max(WINDOWS))]
+    calls = {n: [[r] for r in requests[:16]] if n == 1 else [requests[:n]] for n in WINDOWS}
     sampler.generate(requests[:1])
-    found = {}
-    for n in WINDOWS:
-        calls = [[r] for r in requests[:16]] if n == 1 else [requests[:n]]
-        found[n] = sum(map(len, calls)) * NEW / seconds_of(lambda: [sampler.generate(call) for call in calls])  # noqa: B023
-    return found
+    times = fastest({n: lambda n=n: [sampler.generate(call) for call in calls[n]] for n in WINDOWS})
+    return {n: sum(map(len, calls[n])) * NEW / times[n] for n in WINDOWS}
 
 
 def phases(name: str, lag: int, student: Path, teacher: Path, folder: Path) -> dict[str, float]:
@@ -99,7 +99,7 @@ def main() -> None:
         for name, start in samplers.items():
             sampler = start()
             sampler.load_weights(model.state_dict(), 0)
-            sync = seconds_of(lambda: sampler.load_weights(model.state_dict(), 1), 5)  # noqa: B023
+            sync = fastest({0: lambda: sampler.load_weights(model.state_dict(), 1)})[0]  # noqa: B023
             found = speeds(sampler)
             cells = [f"{found[n]:,.0f}" for n in WINDOWS] + [f"{found[16] / found[1]:.1f}x", f"{1000 * sync:.1f}"]
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
