@@ -291,7 +291,7 @@ def countdown_prompt(nums: list[int], target: int) -> list[Message]:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """The rule of countdown_puzzle."""
+    """How hard the puzzles of the published game are."""
 
     numbers: tuple[int, int] = (3, 4)  # fewest and most numbers of a puzzle
     top: int = 99  # largest number
@@ -578,6 +578,7 @@ class Vocabulary:
                 ids += [self.single[b] for b in part]
             else:
                 break
+        ids = ids[: next((i for i, t in enumerate(ids) if not self.bytes[t]), len(ids))]  # unknown
         ends = np.cumsum(self.lengths[ids]) if ids else np.zeros(0, dtype=np.int64)
         written = self.join(ids)
         same = next((i for i, (a, b) in enumerate(zip(written, text)) if a != b), min(len(written), len(text)))
@@ -1086,63 +1087,57 @@ def missed_mass(vocabulary: Vocabulary, text: str) -> float:
     return missed / max(total, 1)
 
 
-def coverage(student: Vocabulary, teacher: Vocabulary, texts: list[str]) -> dict[str, float]:
-    """How two tokenizers meet on some texts; logged as align/* and printed before training."""
-    shared = student.tokens & teacher.tokens
-    student_bin, teacher_bin, _ = shared_bins(student, teacher)
-    total = Counter()
-    largest = 0
-    for text in texts:
-        ids, ends = student.encode(text.encode())
-        a = align(student, teacher, ids, finished=False, prefix=False)
-        per_span_s = np.bincount(a.student_span[a.student_span >= 0], minlength=a.num_spans)
-        per_span_t = np.bincount(a.teacher_span[a.teacher_span >= 0], minlength=a.num_spans)
-        total["bytes"] += len(text.encode())
-        total["written"] += int(ends[-1]) if len(ends) else 0
-        total["covered"] += a.scored_bytes
-        total["spans"] += a.num_spans
-        total["one_to_one"] += int(((per_span_s == 1) & (per_span_t == 1)).sum())
-        total["student"] += len(ids)
-        total["teacher"] += len(a.teacher_ids)
-        total["shared"] += sum(student.bytes[i] in shared for i in ids)
-        total["shared_teacher"] += sum(teacher.bytes[i] in shared for i in a.teacher_ids)
-        largest = max(largest, *per_span_s.tolist(), *per_span_t.tolist()) if a.num_spans else largest
-    whole = "\n".join(texts)
-    return {
-        "coverage": total["covered"] / max(total["bytes"], 1),
-        "one_to_one": total["one_to_one"] / max(total["spans"], 1),
-        "largest_span": largest,
-        "student_tokens_per_byte": total["student"] / max(total["bytes"], 1),
-        "teacher_tokens_per_byte": total["teacher"] / max(total["bytes"], 1),
-        "shared_entries": len(shared),
-        "bins_used": len(np.intersect1d(student_bin, teacher_bin)),
-        "student_tokens_shared": total["shared"] / max(total["student"], 1),
-        "teacher_tokens_shared": total["shared_teacher"] / max(total["teacher"], 1),
-        "student_missed_mass": missed_mass(student, whole),
-        "teacher_missed_mass": missed_mass(teacher, whole),
-    }
-
-
 REPORT = {
     "coverage": "share of the text's bytes inside spans",
     "one_to_one": "share of spans with one token on each side",
     "largest_span": "most tokens in one span",
-    "student_tokens_per_byte": "student tokens per byte",
-    "teacher_tokens_per_byte": "teacher tokens per byte",
-    "shared_entries": "byte strings in both vocabularies",
-    "bins_used": "bins that both vocabularies use",
-    "student_tokens_shared": "share of the student's tokens that the teacher's vocabulary has",
-    "teacher_tokens_shared": "share of the teacher's tokens that the student's vocabulary has",
-    "student_missed_mass": "student probability that the prefix loss does not see",
-    "teacher_missed_mass": "teacher probability that the prefix loss does not see",
+    "shared_entries": "byte strings in both vocabularies: a bin each",
+    "bins_used": "bins of the text's tokens",
+    "tokens_per_byte": "tokens per byte",
+    "tokens_shared": "share of its tokens that both vocabularies have",
+    "unmatched": "share of its tokens outside all bins",
+    "missed_mass": "probability that the prefix loss does not see",
 }
+
+
+def coverage(student: Vocabulary, teacher: Vocabulary, texts: list[str]) -> dict[str, float]:
+    """How two tokenizers meet on some texts: the keys of REPORT, from "tokens_per_byte" on after the model's role."""
+    *maps, num_bins = shared_bins(student, teacher)
+    shared, total, used = student.tokens & teacher.tokens, Counter(), set()
+    report = {"coverage": 0.0, "one_to_one": 0.0, "largest_span": 0, "shared_entries": len(shared), "bins_used": 0}
+    for text in texts:
+        student_ids, _ = student.encode(text.encode())
+        a = align(student, teacher, student_ids, finished=False, prefix=False)
+        widths = [np.bincount(span, minlength=a.num_spans) for span in (a.student_span, a.teacher_span)]
+        report["largest_span"] = max(report["largest_span"], *widths[0].tolist(), *widths[1].tolist())
+        total["one_to_one"] += int(((widths[0] == 1) & (widths[1] == 1)).sum())
+        total["spans"] += a.num_spans
+        total["bytes"] += len(text.encode())
+        total["covered"] += a.scored_bytes
+        for role, v, bins, ids in zip(
+            ("student", "teacher"), (student, teacher), maps, (student_ids[: a.student_scored], a.teacher_ids)
+        ):
+            total[role] += len(ids)
+            total[role, "shared"] += sum(v.bytes[i] in shared for i in ids)
+            total[role, "unmatched"] += int((bins[ids] == num_bins - 1).sum())
+            used |= set(bins[ids].tolist()) - {num_bins - 1}
+    share = lambda part, whole: total[part] / max(total[whole], 1)
+    report |= {"coverage": share("covered", "bytes"), "one_to_one": share("one_to_one", "spans")}
+    report["bins_used"] = len(used)
+    for role, v in (("student", student), ("teacher", teacher)):
+        report[f"{role}_tokens_per_byte"] = share(role, "bytes")
+        report[f"{role}_tokens_shared"] = share((role, "shared"), role)
+        report[f"{role}_unmatched"] = share((role, "unmatched"), role)
+        report[f"{role}_missed_mass"] = missed_mass(v, "\n".join(texts))
+    return report
 
 
 def print_coverage(report: dict[str, float], student_name: str, teacher_name: str) -> None:
     print(f"alignment of {student_name} (student) and {teacher_name} (teacher)")
     for key, meaning in REPORT.items():
-        value = report[key]
-        print(f"  {meaning:<66} {value:,.0f}" if value == int(value) and value > 1 else f"  {meaning:<66} {value:.4f}")
+        values = [report[k] for k in (key, f"student_{key}", f"teacher_{key}") if k in report]
+        shown = [f"{x:,}" if isinstance(x, int) else f"{x:.4f}" for x in values]
+        print(f"  {meaning:<52} {' (student), '.join(shown)}{' (teacher)' if len(shown) == 2 else ''}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

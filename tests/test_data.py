@@ -1,0 +1,975 @@
+"""gold_data below its rows, against slow plain references: tokens as bytes, alignment, prompts, batches, puzzles, CLI.
+
+pytest tests/test_data.py
+
+Rows of the named data sets are in test_rows.py; the values of the losses that use all this in test_loss.py.
+"""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import conftest
+import numpy as np
+import pytest
+import torch
+from bench_coverage import of_ranks
+from conftest import MULTILINGUAL, PROSE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+import gold_data
+from gold_data import Alignment, Difficulty, Sample, Vocabulary
+
+TEXTS = [*MULTILINGUAL, PROSE[:2000], "a", " ", "\n\n", "  two  spaces ", "<|im_end|> as text", "\u0120"]
+CHARACTERS = "".join(sorted(set("".join(MULTILINGUAL)))) + "abc 012\n\u0120"
+
+
+def ranks(size: int = 400) -> dict[bytes, int]:
+    """A tiktoken vocabulary: bytes in an order of their own, then merged pairs of earlier tokens."""
+    out = {bytes([b]): i for i, b in enumerate(random.Random(0).sample(range(256), 256))}
+    words = Counter(word.encode() for word in re.findall(r" ?\w+|[^\w\s]+|\s+", PROSE[:20_000]))
+    parts = {word: [bytes([b]) for b in word] for word in words}
+    while len(out) < size:
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in pairwise(parts[word]):
+                pairs[pair] += n
+        (a, b), _ = pairs.most_common(1)[0]
+        out.setdefault(a + b, len(out))
+        for split in parts.values():
+            i = 0
+            while i < len(split) - 1:
+                if (split[i], split[i + 1]) == (a, b):
+                    split[i : i + 2] = [a + b]
+                i += 1
+    return out
+
+
+def tiktoken_style() -> PreTrainedTokenizerFast:
+    fast = PreTrainedTokenizerFast(tokenizer_object=of_ranks(ranks(), r" ?\w+|[^\w\s]+|\s+"))
+    fast.add_special_tokens({"eos_token": "<\uff5cend\u2581of\u2581text\uff5c>"})
+    return fast
+
+
+TOKENIZERS = {
+    "byte level": conftest.byte_level,
+    "digits": lambda: conftest.byte_level(500, digits=True),
+    "metaspace": conftest.metaspace,
+    "metaspace, nothing in front": lambda: conftest.metaspace(prepend=False),
+    "unigram": conftest.unigram,
+    "tiktoken": tiktoken_style,
+}
+ALL = TOKENIZERS | {"wordpiece": conftest.wordpiece}
+PARTS = st.sampled_from([b"caf\xc3\xa9 ", b"\xc3", b"\xf0\x9f\x98", b"\xff", b"a"])  # of characters
+_made: dict[str, Vocabulary] = {}
+
+
+def vocabulary(name: str) -> Vocabulary:
+    if name not in _made:
+        tokenizer = ALL[name]()
+        _made[name] = Vocabulary(tokenizer, gold_data.end_ids(tokenizer), len(tokenizer) + 3)  # 3 rows of padding
+    return _made[name]
+
+
+class Strings(Vocabulary):
+    """A vocabulary given by its byte strings, None for what writes none; by default the last id ends a text."""
+
+    def __init__(self, strings: list[bytes | None], ends: tuple[int, ...] | None = None):
+        self.bytes, self.size, self.lossy = list(strings), len(strings), False
+        self.ends = (len(strings) - 1,) if ends is None else ends
+        self.lengths = np.array([len(b or b"") for b in strings])
+        self.index = {b: i for i, b in reversed(list(enumerate(strings))) if b}
+
+    def encode(self, text: bytes) -> tuple[list[int], np.ndarray]:
+        """By longest match, as far as it goes."""
+        ids, at, ends = [], 0, []
+        while piece := next((text[at:n] for n in range(len(text), at, -1) if text[at:n] in self.index), None):
+            ids.append(self.index[piece])
+            ends.append(at := at + len(piece))
+        return ids, np.array(ends, dtype=np.int64)
+
+
+small_vocabularies = st.lists(st.text("ab", min_size=2, max_size=4), max_size=8).map(
+    lambda longer: Strings([b"a", b"b", *(s.encode() for s in longer), None])
+)
+both = lambda: st.tuples(small_vocabularies, small_vocabularies)
+
+
+def tokenize_randomly(v: Vocabulary, text: bytes, rng: random.Random) -> list[int]:
+    ids, at = [], 0
+    while at < len(text):
+        ids.append(rng.choice([i for i, b in enumerate(v.bytes) if b and text.startswith(b, at)]))
+        at += len(v.bytes[ids[-1]])
+    return ids
+
+
+# ---- tokens as bytes
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_bytes_of_every_token_are_what_the_tokenizer_decodes_it_to(name):
+    v = vocabulary(name)
+    backend = v.tokenizer.backend_tokenizer
+    (anchor,) = v.tokenizer("=", add_special_tokens=False)["input_ids"][-1:]
+    assert v.bytes[anchor] in (b"=", b" =")
+    seen = 0
+    for i, data in enumerate(v.bytes[: len(v.tokenizer)]):
+        try:
+            text = (data or b"").decode()
+        except UnicodeDecodeError:
+            continue  # part of a character: the tokenizer cannot show it, joined tokens below do
+        seen += data is not None
+        assert backend.decode([anchor, i]) == backend.decode([anchor]) + text, (i, data)
+    assert seen > 250
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None, max_examples=60)
+@given(text=st.one_of(st.sampled_from(TEXTS), st.text(CHARACTERS, max_size=20)))
+def test_joined_bytes_of_a_text_are_the_text(name, text):
+    v = vocabulary(name)
+    ids, ends = v.encode(text.encode())
+    assert v.join(ids) == text.encode() and not v.lossy
+    assert ends.tolist() == [len(v.join(ids[: i + 1])) for i in range(len(ids))]
+    assert not set(ids) & set(v.ends)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None, max_examples=60)
+@given(data=st.one_of(st.binary(max_size=12), st.lists(PARTS).map(b"".join)))
+def test_bytes_that_are_no_text_are_written_too(name, data):
+    v = vocabulary(name)
+    ids, ends = v.encode(data)
+    assert v.join(ids) == data and (ends[-1] if data else 0) == len(data)
+
+
+@pytest.mark.parametrize("name", ["byte level", "digits", "metaspace, nothing in front", "unigram", "tiktoken"])
+def test_a_text_is_encoded_as_the_tokenizer_itself_does(name):
+    v = vocabulary(name)
+    for text in TEXTS:
+        expected = v.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert v.encode(text.encode())[0] == expected, text
+
+
+def test_a_phantom_space_in_front_is_not_part_of_a_completion():
+    v = vocabulary("metaspace")
+    for text in ("Hello world", " Hello", "3 + 4", "\nx"):
+        assert v.join(v._encode_text(text)) == b" " + text.encode()  # what the tokenizer does to a text of its own
+        ids, _ = v.encode(text.encode())
+        assert v.join(ids) == text.encode()
+        # its ids are those it has in the middle of a text
+        assert any(v._encode_text(before + text) == v._encode_text(before) + ids for before in ("\n", "=", "0")), text
+
+
+def test_a_text_with_the_mark_of_a_space_in_it_cannot_be_written_by_those_who_use_that_mark():
+    text = "a\u2581b".encode()
+    assert vocabulary("byte level").encode(text)[1][-1] == len(text)
+    for name in ("metaspace", "metaspace, nothing in front", "unigram"):
+        assert vocabulary(name).encode(text)[1].tolist() == [1], name
+
+
+def test_special_tokens_write_nothing_and_literal_added_tokens_their_own_text():
+    v = vocabulary("byte level")
+    ids = v.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<think>"])
+    assert [v.bytes[i] for i in ids] == [None, None, b"<think>"] and v.ends[0] == ids[0]
+    assert v.bytes[len(v.tokenizer) :] == [None] * 3
+    assert vocabulary("tiktoken").bytes[-4:] == [None] * 4
+    m = vocabulary("metaspace")
+    assert [m.bytes[m.tokenizer.convert_tokens_to_ids(t)] for t in ("<s>", "</s>", "<unk>", "<0xC3>")] == [
+        None, None, None, b"\xc3",
+    ]  # fmt: skip
+    fast = conftest.byte_level.__wrapped__(300)
+    fast.add_tokens(["\u00fcber", "\u4eba"])
+    assert gold_data.token_bytes(fast)[-2:] == ["\u00fcber".encode(), "\u4eba".encode()]
+
+
+def test_tiktoken_ranks_keep_their_ids_and_bytes():
+    v = vocabulary("tiktoken")
+    assert {b: i for i, b in enumerate(v.bytes) if b} == ranks()
+    encoding = pytest.importorskip("tiktoken").Encoding(
+        "x", pat_str=r" ?\w+|[^\w\s]+|\s+", mergeable_ranks=ranks(), special_tokens={"<end>": 400}
+    )
+    assert gold_data.token_bytes(encoding) == [*ranks(), None]
+    for text in TEXTS:
+        assert v.encode(text.encode())[0] == encoding.encode_ordinary(text)
+
+
+def test_a_wordpiece_tokenizer_is_lossy_and_its_ends_are_offsets_in_the_text():
+    v = vocabulary("wordpiece")
+    assert v.lossy
+    text = "The  caf\u00e9 is (really) open."
+    ids, ends = v.encode(text.encode())
+    assert v.tokenizer.convert_ids_to_tokens(ids) == v.tokenizer.tokenize(text)
+    assert ends[-1] == len(text.encode()) and (np.diff(ends) > 0).all()
+    pieces = [text.encode()[a:b] for a, b in pairwise([0, *ends.tolist()])]
+    for i, piece in zip(ids, pieces):
+        if v.bytes[i] is not None:  # not [UNK]
+            assert v.bytes[i].strip() == piece.strip()
+
+
+def bpe(vocab: list[str], merges: list[tuple[str, str]], normalizer=None, **more) -> PreTrainedTokenizerFast:
+    t = Tokenizer(models.BPE({p: i for i, p in enumerate(vocab)}, merges, **more))
+    if normalizer is not None:
+        t.normalizer = normalizer
+    t.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<end>", unk_token="<unk>")
+
+
+def test_what_a_tokenizer_cannot_write_ends_its_tokens():
+    probe = sorted(set("caf\u00e9 12+3=5(ok)\n"))
+    plain = bpe(["<unk>", "<end>", *probe, "ca"], [("c", "a")], unk_token="<unk>")
+    v = Vocabulary(plain, (1,), len(plain))
+    ids, ends = v.encode(b"cafzca")
+    assert v.join(ids) == b"caf" and ends.tolist() == [2, 3]
+    assert v.encode("o\u00e9".encode() + b"\xff" + b"k")[1].tolist() == [1, 3]  # no single-byte token for \xff
+    lower = bpe(["<unk>", "<end>", *probe], [], normalizers.Lowercase(), unk_token="<unk>")
+    v = Vocabulary(lower, (1,), len(lower))
+    assert not v.lossy and v.join(v.encode(b"okAok")[0]) == b"ok"
+
+
+def test_tokenizers_whose_bytes_are_unknown_are_named_and_heads_that_are_too_small():
+    with pytest.raises(ValueError, match="dict is neither a fast tokenizer nor"):
+        gold_data.token_bytes({})
+    words = bpe(["<unk>", "<end>", "a</w>"], [], end_of_word_suffix="</w>")
+    with pytest.raises(ValueError, match="end-of-word"):
+        gold_data.token_bytes(words)
+    tokenizer = conftest.byte_level()
+    with pytest.raises(ValueError, match=f"{len(tokenizer)} ids, the head 100 rows"):
+        Vocabulary(tokenizer, (2,), 100)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sorted_tokens(name):
+    v = vocabulary(name)
+    writing = [i for i, b in enumerate(v.bytes) if b]
+    order = v.order.tolist()
+    assert sorted(order[: -len(v.ends)]) == writing and order[-len(v.ends) :] == list(v.ends)
+    assert all(v.bytes[a] <= v.bytes[b] for a, b in pairwise(order[: -len(v.ends)]))
+    assert [order.index(i) if i in order else -1 for i in range(v.size)] == v.rank.tolist()
+    for b in range(256):
+        assert set(order[v.edge[b] : v.edge[b + 1]]) == {i for i in writing if v.bytes[i][0] == b}
+    assert order[v.edge[256] : v.edge[257]] == list(v.ends)
+    assert v.tokens == {v.bytes[i] for i in writing}
+
+
+def check_tree(strings: list[bytes], text: bytes):
+    """`strings` sorted, with repetitions."""
+    tree = gold_data.PrefixTree(strings)
+    prefixes = {s[:n] for s in strings for n in range(len(s) + 1)} | {b""}
+    spelled, todo = {0: b""}, [0]
+    while todo:  # walk down from the root by `children`
+        node = todo.pop()
+        index, child = tree.children(np.array([node]))
+        assert not index.any() and (np.diff(tree.byte[child]) > 0).all()
+        for c in child.tolist():
+            assert c not in spelled
+            spelled[c] = spelled[node] + bytes([tree.byte[c]])
+            todo.append(c)
+    assert sorted(spelled.values()) == sorted(prefixes)
+    for node, prefix in spelled.items():
+        assert strings[tree.lo[node] : tree.hi[node]] == [s for s in strings if s.startswith(prefix)]
+        assert strings[tree.lo[node] : tree.rest[node]] == [s for s in strings if s == prefix]
+        assert tree.is_token[node] == (prefix in strings)
+    data, starts = np.frombuffer(text, np.uint8).astype(np.int64), np.arange(len(text))
+    i, end, node = tree.walk(data, starts)
+    found = Counter((a, b, spelled[c]) for a, b, c in zip(i.tolist(), end.tolist(), node.tolist()))
+    spans = [(a, b) for a in range(len(text)) for b in range(a + 1, len(text) + 1)]
+    assert found == Counter((a, b, text[a:b]) for a, b in spans if text[a:b] in prefixes)
+
+
+@settings(deadline=None)
+@given(st.lists(st.text("abc", min_size=1, max_size=5), min_size=1), st.text("abcd", max_size=9))
+def test_the_tree_of_prefixes(strings, text):
+    check_tree(sorted(s.encode() for s in strings), text.encode())
+
+
+def test_the_tree_of_prefixes_of_a_tokenizer():
+    v = vocabulary("unigram")
+    check_tree(sorted(b for b in v.bytes if b), "caf\u00e9 is 12 + 3".encode())
+
+
+# ---- alignment
+
+
+offsets = st.lists(st.integers(1, 30), unique=True, max_size=12).map(lambda x: np.array(sorted(x), dtype=np.int64))
+
+
+@given(offsets, offsets)
+def test_spans_are_those_of_a_walk_along_both_texts(a, b):
+    i = j = number = 0
+    expected = [-1] * len(a), [-1] * len(b)
+    start = (0, 0)
+    while i < len(a) and j < len(b):
+        if a[i] == b[j]:
+            expected[0][start[0] : i + 1] = [number] * (i + 1 - start[0])
+            expected[1][start[1] : j + 1] = [number] * (j + 1 - start[1])
+            number, i, j = number + 1, i + 1, j + 1
+            start = (i, j)
+        elif a[i] < b[j]:
+            i += 1
+        else:
+            j += 1
+    got = gold_data.spans(a, b)
+    assert (got[0].tolist(), got[1].tolist(), got[2]) == (*expected, number)
+
+
+PAIRS = [("byte level", "metaspace"), ("unigram", "digits"), ("tiktoken", "byte level"), ("metaspace", "wordpiece")]
+
+
+def check_bins(student: Vocabulary, teacher: Vocabulary):
+    bins = gold_data.shared_bins(student, teacher)
+    strings = {b for b in student.bytes if b} & {b for b in teacher.bytes if b}
+    names: dict[int, object] = {}
+    for v, mine in zip((student, teacher), bins):
+        for i, b in enumerate(v.bytes):
+            prefixes = [b[:n] for n in range(1, len(b) + 1) if b[:n] in strings] if b else []
+            name = "end" if i in v.ends else max(prefixes, key=len) if prefixes else "nothing"
+            assert names.setdefault(int(mine[i]), name) == name
+    assert len(set(names.values())) == len(names) and max(names) < bins[2] == len(strings) + 2
+    a, b = gold_data.shared_ids(student, teacher)
+    assert [student.bytes[i] for i in a[:-1]] == [teacher.bytes[i] for i in b[:-1]] == sorted(strings)
+    assert (a[-1], b[-1]) == (student.ends[0], teacher.ends[0]) and len(set(a)) == len(a)
+    assert all(student.bytes.index(student.bytes[i]) == i for i in a[:-1])  # of equal strings, the first id
+
+
+@pytest.mark.parametrize("names", PAIRS, ids=" and ".join)
+def test_bins_and_shared_ids_of_two_tokenizers(names):
+    check_bins(*map(vocabulary, names))
+
+
+@given(both())
+def test_bins_and_shared_ids_of_any_two_vocabularies(pair):
+    check_bins(*pair)
+
+
+def test_equal_vocabularies_have_a_bin_per_string():
+    v = vocabulary("byte level")
+    student, teacher, _ = gold_data.shared_bins(v, v)
+    assert (student == teacher).all()
+    assert len(set(student.tolist())) == len(v.tokens) + 2
+
+
+def expected_queries(v: Vocabulary, other: Vocabulary, ids, other_ids, text: bytes, ended: bool):
+    """(what each outcome asks, what each total asks, the path) as sets of (row, token id)."""
+    n, ways = len(text), []
+    for side, side_ids in ((v, ids), (other, other_ids)):
+        at = [0]
+        for i in side_ids:
+            at.append(at[-1] + len(side.bytes[i] or b""))
+        ways.append((side, at[: len(side_ids)]))
+
+    def start(at, k):
+        return max(o for o in at if o <= k)
+
+    def boundary(at, k):
+        return k in at or k == n
+
+    def known(side, at, k):
+        inside = text[max(o for o in [0, *at] if o < max(k, 1)) : k]
+        return boundary(at, k) or len(inside) == 1 or inside in side.tokens
+
+    def told(side, at, k, b):
+        return boundary(at, k) or text[start(at, k) : k] + bytes([b]) in side.tokens
+
+    used = [k for k in range(n + 1) if all(known(side, at, k) for side, at in ways)]
+    used, after = (used, used[1:]) if ended else (used[:-1], used[1:])
+    rows = {o: j for j, o in enumerate(ways[0][1])}
+    starting = defaultdict(list)  # bytes -> ids of the tokens that start with them
+    for i, b in enumerate(v.bytes):
+        for length in range(1, len(b or b"") + 1):
+            starting[b[:length]].append(i)
+
+    def covering(target: bytes, strictly=False):
+        reach = {(j, i) for o, j in rows.items() if o < len(target) for i in starting[target[o:]]}
+        return {(j, i) for j, i in reach if not strictly or v.bytes[i] != target[ways[0][1][j] :]}
+
+    outcomes, offset, totals = [], [], []
+    for m, k in enumerate(used):
+        full = all(boundary(at, k) for _, at in ways)
+        for b in range(256):
+            if all(told(side, at, k, b) for side, at in ways):
+                outcomes.append(covering(text[:k] + bytes([b])))
+                offset.append(m)
+        if full:
+            outcomes.append({(rows[k], e) for e in v.ends} if k in rows else set())
+            offset.append(m)
+        elif m < len(after) and after[m] - k > 1:
+            outcomes.append(covering(text[: after[m]]))
+            offset.append(m)
+        total = covering(text[:k], strictly=boundary(ways[0][1], k))
+        if k in rows:
+            total |= {(rows[k], i) for i, b in enumerate(v.bytes) if b or i in v.ends}
+        totals.append(total)
+    return outcomes, offset, totals
+
+
+def check_queries(pair, student_ids, teacher_ids, text, ended):
+    student_ids = student_ids + [pair[0].ends[0]] * ended
+    teacher_ids = teacher_ids + [pair[1].ends[0]] * ended
+    *queries, offset, num_offsets = gold_data.prefix_queries(*pair, student_ids, teacher_ids, text, ended)
+    sides = (*pair, student_ids, teacher_ids), (*pair[::-1], teacher_ids, student_ids)
+    for q, (v, other, ids, other_ids) in zip(queries, sides):
+        outcomes, expected_offset, totals = expected_queries(v, other, ids, other_ids, text, ended)
+        assert offset.tolist() == expected_offset and num_offsets == len(totals)
+        expected = [Counter(outcome) for outcome in outcomes + totals]
+        got = [Counter() for _ in expected]
+        for row, lo, hi, slot in zip(q["row"], q["lo"], q["hi"], q["slot"]):
+            if slot < len(got):
+                got[slot].update((int(row), int(i)) for i in v.order[lo:hi])
+        for row, first in zip(q["full_row"], q["full_slot"]):
+            for b in range(257):
+                got[first + b].update((int(row), int(i)) for i in v.order[v.edge[b] : v.edge[b + 1]])
+        assert got == expected
+        assert (np.diff(q["row"]) >= 0).all()
+        path = [(int(q["row"][p]), v.order[q["lo"][p] : q["hi"][p]].tolist()) for p in q["path"]]
+        assert path == [(j, [i]) for j, i in enumerate(ids)]
+
+
+@settings(deadline=None, max_examples=150)
+@given(both(), st.text("ab", max_size=7), st.booleans(), st.randoms(use_true_random=False))
+def test_queries_of_the_prefix_loss_ask_for_exactly_the_covering_tokens(pair, text, ended, rng):
+    if text or ended:
+        text = text.encode()
+        check_queries(pair, *(tokenize_randomly(v, text, rng) for v in pair), text, ended)
+
+
+@pytest.mark.parametrize("names", PAIRS[:3], ids=" and ".join)
+def test_queries_of_two_tokenizers(names):
+    pair, text = list(map(vocabulary, names)), "caf\u00e9s return 128 \u660e".encode()
+    check_queries(pair, *(v.encode(text)[0] for v in pair), text, True)
+
+
+def expected_alignment(student: Vocabulary, teacher: Vocabulary, ids: list[int], finished: bool) -> Alignment:
+    text, ends, whole = b"", [], True
+    for i in ids[: len(ids) - finished]:
+        if not student.bytes[i]:
+            whole = False
+            break
+        text += student.bytes[i]
+        ends.append(len(text))
+    teacher_ids, teacher_ends = teacher.encode(text)
+    teacher_ends = [int(e) for e in teacher_ends]
+    complete = finished and whole and (teacher_ends[-1:] or [0]) == [len(text)]
+    stop = max(set(ends) & set(teacher_ends), default=0)
+    ends, teacher_ends = [e for e in ends if e <= stop], [e for e in teacher_ends if e <= stop]
+    teacher_ids = list(teacher_ids[: len(teacher_ends)])
+    if complete:
+        ends, teacher_ends = ends + [stop + 1], teacher_ends + [stop + 1]
+        teacher_ids.append(teacher.ends[0])
+    common = sorted(set(ends) & set(teacher_ends))
+    first = lambda e: next(n for n, c in enumerate(common) if c >= e)
+    return Alignment(
+        teacher_ids, len(ends), len(teacher_ends), np.array([first(e) for e in ends]),
+        np.array([first(e) for e in teacher_ends]), len(common),
+        len(b"".join(student.bytes[i] or b"" for i in ids[: len(ids) - finished])), stop,
+    )  # fmt: skip
+
+
+def same_alignment(a: Alignment, b: Alignment) -> bool:
+    plain = lambda x: {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(x).items() if k != "prefix"}
+    return plain(a) == plain(b)
+
+
+@pytest.mark.parametrize("names", PAIRS[:3] + [p[::-1] for p in PAIRS[:3]], ids=" and ".join)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), finished=st.booleans())
+def test_any_sampled_ids_are_aligned_by_their_bytes(names, data, finished):
+    """Also ids that are no tokenizer's choice: parts of characters, specials, unused rows."""
+    student, teacher = map(vocabulary, names)
+    text = data.draw(st.sampled_from(TEXTS))
+    ids = list(student.encode(text.encode())[0])[:40]
+    ids += data.draw(st.lists(st.integers(0, student.size - 1), max_size=5))
+    ids = [i for i in ids if i not in student.ends] + [student.ends[-1]] * finished
+    got = gold_data.align(student, teacher, ids, finished, prefix=True)
+    assert same_alignment(got, expected_alignment(student, teacher, ids, finished))
+    joined = [v.join(x) for v, x in ((student, ids[: got.student_scored]), (teacher, got.teacher_ids))]
+    assert joined[0] == joined[1] and len(joined[0]) == got.scored_bytes
+    if got.student_scored:
+        ended = got.teacher_ids[-1] == teacher.ends[0]
+        again = gold_data.prefix_queries(student, teacher, ids[: got.student_scored], got.teacher_ids, joined[0], ended)
+        for a, b in zip(got.prefix[:2], again[:2]):
+            assert all((a[k] == b[k]).all() for k in a)
+
+
+@given(both(), st.text("abc", max_size=9), st.booleans(), st.randoms(use_true_random=False))
+def test_any_two_small_vocabularies_are_aligned(pair, text, finished, rng):
+    """`c` is only the student's: the teacher stops before it."""
+    student, teacher = Strings([b"c", *pair[0].bytes]), pair[1]
+    ids = tokenize_randomly(student, text.encode(), rng) + [student.ends[0]] * finished
+    got = gold_data.align(student, teacher, ids, finished, prefix=False)
+    assert same_alignment(got, expected_alignment(student, teacher, ids, finished))
+    if b"c" in text.encode():
+        assert got.scored_bytes <= text.index("c") and got.teacher_ids[-1:] != [teacher.ends[0]]
+
+
+def test_the_end_is_compared_only_where_the_student_stopped_and_both_wrote_everything():
+    student, teacher = vocabulary("byte level"), vocabulary("metaspace")
+    ids = student.encode(b"Hello there")[0]
+    for finished in (True, False):
+        a = gold_data.align(student, teacher, ids + [student.ends[-1]] * finished, finished, prefix=False)
+        assert (a.teacher_ids[-1] == teacher.ends[0]) == finished
+        assert a.student_scored == len(ids) + finished and a.scored_bytes == 11
+    special = student.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    a = gold_data.align(student, teacher, [*ids, special, *ids, student.ends[0]], True, prefix=False)
+    assert a.student_scored == len(ids) and a.scored_bytes == 11 and a.num_bytes == 22
+
+
+def test_wordpiece_is_aligned_to_the_end_of_the_text():
+    exact, lossy = vocabulary("byte level"), vocabulary("wordpiece")
+    for student, teacher, text in (
+        (exact, lossy, b"Return the length of an object."),
+        (lossy, exact, b"Return the length of an object ."),  # a student that puts spaces around punctuation
+    ):
+        a = gold_data.align(student, teacher, student.encode(text)[0] + [student.ends[0]], True, prefix=False)
+        assert a.scored_bytes == len(text) and a.num_spans > 5 and a.teacher_ids[-1] == teacher.ends[0]
+        assert a.student_span[-1] == a.teacher_span[-1] == a.num_spans - 1
+
+
+def test_same_vocabulary_ignores_padding_rows_and_nothing_else():
+    tokenizer = conftest.byte_level()
+    n = len(tokenizer)
+    make = lambda size, ends=(2,): Vocabulary(tokenizer, ends, size)
+    for a, b in ((n, n), (n, n + 64), (n + 64, n)):
+        assert gold_data.same_vocabulary(make(a), make(b))
+    assert not gold_data.same_vocabulary(make(n), make(n, (2, 0)))
+    assert gold_data.same_vocabulary(make(n, (0, 2)), make(n, (2, 0)))
+    one, more = Strings([b"a", b"b", None], (2,)), Strings([b"a", b"b", None, b"c"], (2,))
+    assert gold_data.same_vocabulary(one, one) and not gold_data.same_vocabulary(one, more)
+    assert not gold_data.same_vocabulary(more, one)
+    assert gold_data.same_vocabulary(one, Strings([b"a", b"b", None, None], (2,)))
+    assert not gold_data.same_vocabulary(one, Strings([b"a", b"x", None], (2,)))
+    assert not gold_data.same_vocabulary(vocabulary("byte level"), vocabulary("digits"))
+
+
+# ---- the report
+
+
+@pytest.mark.parametrize("names", PAIRS[:3], ids=" and ".join)
+def test_the_coverage_report_counts_what_a_walk_counts(names):
+    student, teacher = map(vocabulary, names)
+    texts = MULTILINGUAL + [PROSE[:500]]
+    sums, largest, used = Counter(), 0, set()
+    student_bin, teacher_bin, num_bins = gold_data.shared_bins(student, teacher)
+    for text in texts:
+        sides = [v.encode(text.encode()) for v in (student, teacher)]
+        at = [0, 0]
+        common = sorted(set(sides[0][1].tolist()) & set(sides[1][1].tolist()))
+        for stop in common:
+            width = [0, 0]
+            for i in (0, 1):
+                while at[i] < len(sides[i][1]) and sides[i][1][at[i]] <= stop:
+                    at[i], width[i] = at[i] + 1, width[i] + 1
+            sums["spans"] += 1
+            sums["one"] += width == [1, 1]
+            largest = max(largest, *width)
+        sums["bytes"] += len(text.encode())
+        sums["covered"] += common[-1]
+        for i, (v, bins) in enumerate(((student, student_bin), (teacher, teacher_bin))):
+            ids = sides[i][0][: at[i]]
+            sums["tokens", i] += len(ids)
+            sums["shared", i] += sum(v.bytes[t] in student.tokens and v.bytes[t] in teacher.tokens for t in ids)
+            sums["nowhere", i] += sum(int(bins[t]) == num_bins - 1 for t in ids)
+            used |= {int(bins[t]) for t in ids} - {num_bins - 1}
+    report = gold_data.coverage(student, teacher, texts)
+    assert report == pytest.approx(
+        {
+            "coverage": sums["covered"] / sums["bytes"],
+            "one_to_one": sums["one"] / sums["spans"],
+            "largest_span": largest,
+            "student_tokens_per_byte": sums["tokens", 0] / sums["bytes"],
+            "teacher_tokens_per_byte": sums["tokens", 1] / sums["bytes"],
+            "shared_entries": len(student.tokens & teacher.tokens),
+            "bins_used": len(used),
+            "student_tokens_shared": sums["shared", 0] / sums["tokens", 0],
+            "teacher_tokens_shared": sums["shared", 1] / sums["tokens", 1],
+            "student_unmatched": sums["nowhere", 0] / sums["tokens", 0],
+            "teacher_unmatched": sums["nowhere", 1] / sums["tokens", 1],
+            "student_missed_mass": gold_data.missed_mass(student, "\n".join(texts)),
+            "teacher_missed_mass": gold_data.missed_mass(teacher, "\n".join(texts)),
+        }
+    )
+    assert report["coverage"] == 1 and report["largest_span"] > 1 and 0 < report["one_to_one"] < 1
+
+
+def test_the_report_counts_tokens_outside_all_bins():
+    student, teacher = Strings([b"a", b"b", b"ba", None]), Strings([b"a", b"ba", None])
+    report = gold_data.coverage(student, teacher, ["aba"])
+    assert report["coverage"] == 1 and report["student_unmatched"] == 0
+    student.index = {b"a": 0, b"b": 1}  # now it writes "b" alone, of which the teacher has no prefix
+    report = gold_data.coverage(student, teacher, ["aba"])
+    assert (report["student_unmatched"], report["teacher_unmatched"]) == (1 / 3, 0)
+
+
+def test_missed_mass_of_words_that_can_be_counted_by_hand():
+    v = Strings([b"a", b"b", b"c", b"d", b" ", b"ab", b"bd", None])
+
+    def encode(data: bytes) -> tuple[list[int], np.ndarray]:  # abc is ab|c, abd is a|bd
+        pieces = [p for p in re.split(rb"( |ab(?=c)|(?<=a)bd)", data) if p]
+        return [v.index[p] for p in pieces], np.cumsum([len(p) for p in pieces])
+
+    v.encode = encode
+    # words "abc", " abc", " abc", " abd": 3 + 4 + 4 + 4 offsets, all used. Behind " ab" of " |ab|c", the text " |a|bd"
+    # has a boundary that this path has not: one in three is missed, twice. Before "d" of " |a|bd", the " |ab|c" have a
+    # token that begins where the path has a boundary and covers the "b": nothing is missed.
+    assert gold_data.missed_mass(v, "abc abc abc abd") == pytest.approx(2 / 3 / 15)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_missed_mass_is_the_share_of_words_that_no_covering_token_reaches(name):
+    """Every offset of every word against every word that begins the same, by the definition of prefix_queries."""
+    v = vocabulary(name)
+    text = " ".join(PROSE[3000:9000].split())
+    data = text.encode()
+    ends = {0, *v.encode(data)[1].tolist()}
+    starts = [0, *(i for i, b in enumerate(data) if b == 32 and i in ends), len(data)]
+    words = [(data[a:b], frozenset(e - a for e in ends if a <= e <= b)) for a, b in pairwise(starts)]
+    missed, count = Fraction(0), 0
+    for (word, path), n in Counter(words).items():
+        for k in range(1, len(word) + 1):
+            inside = word[max(o for o in path if o < k) : k]
+            if k not in path and len(inside) > 1 and inside not in v.tokens:
+                continue
+            alike = [other for other in words if other[0].startswith(word[:k])]
+            seen = 0
+            for other, boundaries in alike:
+                last = max(o for o in boundaries if o < k)  # where its covering token would start
+                token = other[last : min(o for o in boundaries if o > last)]
+                on_path = {o for o in path if o <= last} == {o for o in boundaries if o <= last}
+                if k in boundaries and k in path:  # it continues from the path's own boundary, or not at all
+                    seen += {o for o in path if o <= k} == {o for o in boundaries if o <= k}
+                else:
+                    seen += on_path and last + len(token) >= k
+            missed += n * (1 - Fraction(seen, len(alike)))
+            count += n
+    assert gold_data.missed_mass(v, text) == pytest.approx(float(missed / count))
+    assert 0 <= missed / count < 0.05
+
+
+# ---- prompts
+
+
+TURN = [{"role": "user", "content": "What is 3 + 4?"}]
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+
+
+def test_prompts_by_template_begin_the_assistants_turn():
+    t = conftest.byte_level()
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 3 + 4?<|im_end|>\n"
+    expected += "<|im_start|>assistant\n"
+    assert gold_data.render_prompt(t, SYSTEM + TURN) == expected
+    ids = gold_data.encode_prompt(t, SYSTEM + TURN)
+    assert t.decode(ids) == expected and ids.count(t.convert_tokens_to_ids("<|im_start|>")) == 3
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_prompt_has_exactly_one_beginning_whoever_writes_it(adds_bos):
+    t = conftest.metaspace.__wrapped__(400)
+    if adds_bos:  # the tokenizer's own post-processor writes one too
+        from tokenizers.processors import TemplateProcessing
+
+        t.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 1)])
+        assert t("a")["input_ids"][0] == t.bos_token_id
+    ids = gold_data.encode_prompt(t, TURN)
+    assert ids[0] == t.bos_token_id and ids.count(t.bos_token_id) == 1
+    t.chat_template = "{{ bos_token }}" + t.chat_template  # a template that writes two
+    assert gold_data.encode_prompt(t, TURN) == ids
+    t.chat_template = None
+    ids = gold_data.encode_prompt(t, TURN)
+    assert ids.count(t.bos_token_id) == adds_bos and (ids[0] == t.bos_token_id) == adds_bos
+    assert t.decode(ids, skip_special_tokens=True) == "User: What is 3 + 4?\n\nAssistant:\n"
+
+
+def test_a_template_without_system_role_gets_it_in_front_of_the_first_user_message():
+    t = conftest.metaspace()
+    assert gold_data.render_prompt(t, SYSTEM + TURN) == "<s>[INST] Be brief.\n\nWhat is 3 + 4? [/INST]\n"
+    import jinja2
+
+    with pytest.raises(jinja2.TemplateError):
+        gold_data.render_prompt(t, SYSTEM)
+
+
+def test_without_a_template_the_documented_plain_format():
+    t = conftest.wordpiece()
+    expected = "System: Be brief.\n\nUser: What is 3 + 4?\n\nAssistant:\n"
+    assert gold_data.render_prompt(t, SYSTEM + TURN) == expected
+
+
+def test_the_end_of_a_turn_is_what_the_template_writes_then_eos_then_what_the_model_names():
+    t = conftest.byte_level.__wrapped__(300)
+    turn, text = t.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert gold_data.end_ids(t) == (turn,)
+    t.eos_token = "<|endoftext|>"
+    assert gold_data.end_ids(t) == (turn, text)
+    assert gold_data.end_ids(t, [text, 3]) == (turn, text, 3)
+    t.chat_template = None
+    assert gold_data.end_ids(t) == (text,)
+    t.eos_token = None
+    assert gold_data.end_ids(t, [turn]) == (turn,)
+    with pytest.raises(ValueError, match="no eos token"):
+        gold_data.end_ids(t)
+
+
+# ---- batches
+
+
+def sample_of(pair, text: bytes, prompts: tuple[int, int], finished: bool, on_policy: bool, rng: random.Random):
+    ids = tokenize_randomly(pair[0], text, rng) + [pair[0].ends[0]] * finished
+    prompt, teacher_prompt = ([rng.randrange(5) for _ in range(n)] for n in prompts)
+    logprobs = [-rng.random() for _ in ids] if on_policy else None
+    alignment = gold_data.align(*pair, ids, finished, prefix=True)
+    return Sample(prompt, ids, finished, on_policy, teacher_prompt, logprobs, alignment=alignment)
+
+
+def check_rows(rows, targets, ids, mask, prompts, completions):
+    """Flat rows and what they predict, against positions counted one by one."""
+    expected, tokens = [], []
+    for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+        assert ids[i].tolist() == prompt + completion + [0] * (ids.size(1) - len(prompt) - len(completion))
+        assert mask[i].tolist() == [int(t < len(prompt) + len(completion)) for t in range(ids.size(1))]
+        for t, token in enumerate(completion):
+            expected.append(i * ids.size(1) + len(prompt) + t - 1)
+            tokens.append(token)
+            assert ids.flatten()[expected[-1] + 1] == token
+    assert rows.tolist() == expected and targets.tolist() == tokens
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    both(),
+    st.lists(st.tuples(st.text("abc", min_size=1, max_size=6), st.booleans(), st.booleans()), min_size=1, max_size=4),
+    st.randoms(use_true_random=False),
+)
+def test_a_batch_is_its_samples_padded_and_counted_on(pair, drawn, rng):
+    pair = (Strings([b"c", *pair[0].bytes]), pair[1])  # `c` and what follows it is not scored
+    samples = [
+        sample_of(pair, text.encode(), (rng.randint(1, 4), rng.randint(1, 4)), finished, on_policy, rng)
+        for text, finished, on_policy in drawn
+    ]
+    batch, aligned = gold_data.collate(samples), [s.alignment for s in samples]
+    check_rows(
+        batch.student_rows, batch.student_targets, batch.student_ids, batch.student_mask,
+        [s.prompt_ids for s in samples], [s.completion_ids for s in samples],
+    )  # fmt: skip
+    check_rows(
+        batch.teacher_rows, batch.teacher_targets, batch.teacher_ids, batch.teacher_mask,
+        [s.teacher_prompt_ids for s in samples], [a.teacher_ids for a in aligned],
+    )  # fmt: skip
+    tokens = [(i, t) for i, s in enumerate(samples) for t in range(len(s.completion_ids))]
+    assert batch.student_sample.tolist() == [i for i, _ in tokens]
+    assert batch.scored.tolist() == [n for n, (i, t) in enumerate(tokens) if t < aligned[i].student_scored]
+    assert batch.on_policy.tolist() == [s.on_policy for s in samples]
+    for said, (i, t) in zip(batch.sampler_logprobs.tolist(), tokens):
+        assert said == pytest.approx(samples[i].logprobs[t]) if samples[i].on_policy else np.isnan(said)
+    first = np.cumsum([0, *(a.num_spans for a in aligned)])
+    for got, parts in (
+        (batch.student_span, [a.student_span for a in aligned]),
+        (batch.teacher_span, [a.teacher_span for a in aligned]),
+    ):
+        assert got.tolist() == [x + f if x >= 0 else -1 for part, f in zip(parts, first.tolist()) for x in part]
+    assert batch.span_sample.tolist() == [i for i, a in enumerate(aligned) for _ in range(a.num_spans)]
+    check_batch_queries(batch, [a.prefix for a in aligned])
+
+
+def check_batch_queries(batch, parts):
+    """The queries of each sample, found again in those of the batch."""
+    outcomes, totals = [len(p[2]) for p in parts], [p[3] for p in parts]
+    assert batch.offset.tolist() == [int(o) + sum(totals[:i]) for i, p in enumerate(parts) for o in p[2]]
+    assert batch.offset_sample.tolist() == [i for i, m in enumerate(totals) for _ in range(m)]
+    for side, got in enumerate((batch.student_queries, batch.teacher_queries)):
+        expected = {k: [] for k in ("row", "lo", "hi", "slot", "path", "start", "full_row", "full_slot")}
+        for i, part in enumerate(parts):
+            q, rows, queries = part[side], len(expected["path"]), len(expected["row"])
+            expected["start"] += [rows] * len(q["path"])
+            expected["path"] += [int(x) + queries for x in q["path"]]
+            expected["row"] += [int(x) + rows for x in q["row"]]
+            expected["lo"] += q["lo"].tolist()
+            expected["hi"] += q["hi"].tolist()
+            expected["full_row"] += [int(x) + rows for x in q["full_row"]]
+            expected["full_slot"] += [int(x) + sum(outcomes[:i]) for x in q["full_slot"]]
+            for slot in q["slot"].tolist():
+                if slot < outcomes[i]:
+                    expected["slot"].append(slot + sum(outcomes[:i]))
+                elif slot < outcomes[i] + totals[i]:
+                    expected["slot"].append(sum(outcomes) + sum(totals[:i]) + slot - outcomes[i])
+                else:
+                    expected["slot"].append(sum(outcomes) + sum(totals))
+        assert {k: v.tolist() for k, v in got.items()} == expected
+
+
+def test_with_one_vocabulary_both_models_read_the_same_completion_after_prompts_of_their_own():
+    samples = [Sample([1, 2], [3, 4, 5], True, True, [7], [0.0] * 3), Sample([6], [8], False, False, [9, 9, 9])]
+    batch = gold_data.collate(samples)
+    teacher = (batch.teacher_rows, batch.teacher_targets, batch.teacher_ids, batch.teacher_mask)
+    check_rows(*teacher, [[7], [9, 9, 9]], [[3, 4, 5], [8]])
+    assert batch.scored.tolist() == [0, 1, 2, 3] and batch.student_span is None and batch.student_queries is None
+    assert torch.equal(batch.teacher_targets, batch.student_targets)
+    alone = gold_data.collate(samples, with_teacher=False)
+    assert alone.teacher_ids is None and torch.equal(alone.student_rows, batch.student_rows)
+    moved = batch.to("meta")
+    assert moved.student_ids.device.type == "meta" and moved.student_queries is None
+
+
+# ---- puzzles
+
+
+def solutions(nums: tuple[int, ...]) -> set[int]:
+    """Every value of the game: all the numbers, each step a positive integer."""
+    if len(nums) == 1:
+        return set(nums)
+    found = set()
+    for i in range(len(nums)):
+        for j in range(len(nums)):
+            if i != j:
+                rest = [n for k, n in enumerate(nums) if k not in (i, j)]
+                a, b = nums[i], nums[j]
+                steps = [a + b, a * b] + [a - b] * (a > b) + [a // b] * (a % b == 0)
+                for value in set(steps):
+                    found |= solutions((value, *rest))
+    return found
+
+
+RULES = [
+    Difficulty(),
+    Difficulty(numbers=(2, 2), top=9, operations="+*", top_target=20),
+    Difficulty(numbers=(4, 4), top=25, operations="+-", top_target=60),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["published", "two numbers", "sums of four"])
+def test_puzzles_keep_their_rule_and_a_solver_reaches_every_target(rule):
+    rows = gold_data.make_countdown(60, seed=1, rule=rule)
+    for row in rows:
+        nums, target = row["nums"], row["target"]
+        assert rule.numbers[0] <= len(nums) <= rule.numbers[1] and 1 <= min(nums) <= max(nums) <= rule.top
+        assert 1 <= target <= rule.top_target and target in solutions(tuple(nums))
+        answer = re.fullmatch(r"<think> (.*) </think>\n<answer> (.*) = (\d+) </answer>", row["completion"])
+        assert int(answer[3]) == target and set(answer[2]) <= set(rule.operations + "0123456789 ()")
+        assert eval(re.sub(r"\d+", r"Fraction(\g<0>)", answer[2])) == target  # our own string of digits and + - * /
+        assert sorted(map(int, re.findall(r"\d+", answer[2]))) == sorted(nums)
+        assert row["prompt"] == gold_data.countdown_prompt(nums, target)
+    assert {len(row["nums"]) for row in rows} == set(range(rule.numbers[0], rule.numbers[1] + 1))
+
+
+def test_mini_puzzles_spell_out_how_they_are_solved():
+    for row in gold_data.make_countdown(100, mini=True):
+        a, b, c = row["nums"]
+        total, target = sum(row["nums"]), row["target"]
+        steps = f"{a} + {b} = {a + b} + {c} = {total} - {target} = {total - target} / 2 = {(total - target) // 2}"
+        assert row["completion"].startswith(f"<think> {steps} </think>\n<answer> ")
+        assert (total - target) % 2 == 0 and target in solutions((a, b, c)) and max(row["nums"]) <= 20
+        assert row["prompt"] == [{"role": "user", "content": f"Make {target} from {a}, {b}, {c}."}]
+
+
+@pytest.mark.parametrize("mini", [False, True])
+def test_train_and_test_puzzles_never_meet_and_none_comes_twice(mini):
+    def questions(**kind):
+        rows = gold_data.make_countdown(600, mini=mini, **kind)
+        keys = [(*row["nums"], row["target"]) for row in rows]
+        assert len(set(keys)) == len(keys)
+        return {(*sorted(row["nums"]), row["target"]) for row in rows}  # in any order
+
+    train, test = questions(), questions(test=True)
+    assert not train & test and not questions(seed=5) & test and not train & questions(seed=5, test=True)
+    assert gold_data.make_countdown(20, 3, mini) == gold_data.make_countdown(30, 3, mini)[:20]
+    assert gold_data.make_countdown(20, 3, mini) != gold_data.make_countdown(20, 4, mini)
+
+
+def test_built_in_puzzles_are_rows_with_slices():
+    rows, _ = gold_data.load_rows("countdown-mini", split="train[3:5]")
+    made = gold_data.make_countdown(5, mini=True)[3:]
+    assert [row.completion for row in rows] == [row["completion"] for row in made]
+    assert rows[0].meta["nums"] == made[0]["nums"] and rows[0].meta["target"] == made[0]["target"]
+    for split in ("validation", "train[:10%]", "train[x]"):
+        with pytest.raises(ValueError, match="splits like"):
+            gold_data.load_rows("countdown", split=split)
+
+
+@pytest.mark.parametrize(
+    "rule, message",
+    [
+        (Difficulty(numbers=(4, 3)), "in order"),
+        (Difficulty(numbers=(0, 3)), "at least 1"),
+        (Difficulty(top_target=0), "at least 1"),
+        (Difficulty(operations="+^"), "choose some of"),
+        (Difficulty(top=1, operations="-"), "only 0 different"),
+        (Difficulty(numbers=(2, 2), top=2), "different puzzles found, 50 wanted"),
+    ],
+)
+def test_rules_without_puzzles_are_an_error(rule, message):
+    with pytest.raises(ValueError, match=message):
+        gold_data.make_countdown(50, rule=rule)
+
+
+def test_held_out_rows_are_kept_from_training_with_all_their_repetitions():
+    rows = [gold_data.Row(({"role": "user", "content": str(i % 20)},), str(i)) for i in range(50)]
+    kept, held, dropped = gold_data.hold_out(rows, 0.2, seed=3)
+    assert len(held) == 4 and len({row.key for row in held}) == 4
+    assert not {row.key for row in kept} & {row.key for row in held} and len(kept) + len(held) + dropped == 50
+    assert gold_data.hold_out(rows, 0.2, seed=3)[1] == held != gold_data.hold_out(rows, 0.2, seed=4)[1]
+    assert gold_data.hold_out(rows, 0, seed=3) == (rows, [], 0)
+
+
+# ---- the command line
+
+
+def gold_data_main(*args: str) -> subprocess.CompletedProcess:
+    root = Path(gold_data.__file__).parent
+    return subprocess.run([sys.executable, "gold_data.py", *args], cwd=root, capture_output=True, text=True)
+
+
+def test_the_command_line_prints_the_report_of_two_models(two_models, tmp_path, capsys):
+    (tmp_path / "text").write_text(PROSE[:3000])
+    done = gold_data_main("--student", two_models[0], "--teacher", two_models[1], "--text", str(tmp_path / "text"))
+    assert done.returncode == 0, done.stderr
+    v = [gold_data.load_vocabulary(name) for name in two_models]
+    gold_data.print_coverage(gold_data.coverage(*v, [PROSE[:3000]]), *two_models)
+    assert done.stdout == capsys.readouterr().out
+    assert "bytes inside spans" in done.stdout and "prefix loss does not see" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["countdown", "countdown-mini"])
+def test_the_command_line_writes_puzzles_that_training_reads(kind, tmp_path, capsys):
+    train, test = str(tmp_path / "train.jsonl"), str(tmp_path / "test.jsonl")
+    gold_data.main(gold_data.Config(make=kind, n=50, out=train))
+    gold_data.main(gold_data.Config(make=kind, n=20, out=test, test=True, seed=1))
+    assert [json.loads(x) for x in Path(train).read_text().splitlines()] == gold_data.make_countdown(
+        50, mini=kind != "countdown"
+    )
+    read, asked = (gold_data.load_rows(path)[0] for path in (train, test))
+    assert len(read) == 50 and len(asked) == 20 and gold_data.without(read, asked)[1] == 0
+    assert "50 training puzzles" in capsys.readouterr().out
+
+
+def test_what_a_user_gets_wrong_is_one_line_and_exit_code_2(tmp_path):
+    done = gold_data_main("--make", "countdown", "--out", str(tmp_path / "x"), "--operations", "%")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "gold_data.py: operations '%': choose some of +-*/\n"
+    done = gold_data_main("--make", "poker")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "countdown-mini" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({}, "name --student, --teacher and --text"),
+        ({"student": "a", "text": "b"}, "name --student, --teacher and --text"),
+        ({"make": "countdown"}, "--out FILE"),
+        ({"make": "countdown-mini", "out": "x", "rule": Difficulty(top=5)}, "one difficulty"),
+        ({"make": "countdown", "out": "x", "n": 0}, "at least 1"),
+        ({"student": "/nowhere", "teacher": "b", "text": __file__}, "/nowhere.*neither a directory"),
+        ({"student": "a", "teacher": "b", "text": "/nowhere"}, "/nowhere"),
+        ({"make": "countdown", "n": 1, "out": "/nowhere/x"}, "/nowhere/x"),
+    ],
+)
+def test_bad_usage_is_told_before_anything_is_done(config, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        gold_data.main(gold_data.Config(**config))
