@@ -356,11 +356,8 @@ def test_aime_compares_integers(text, answer, reason):
 
 
 @pytest.mark.parametrize("grade", [gold_eval.grade_gsm8k, gold_eval.grade_integer, gold_eval.grade_math])
-@pytest.mark.parametrize("kind", ["string", "math-verify"])
-def test_no_text_makes_a_grader_of_mathematics_raise(grade, kind, monkeypatch):
-    if kind == "math-verify":
-        pytest.importorskip("math_verify")
-    monkeypatch.setattr(gold_eval, "math_grader", lambda: kind)
+def test_no_text_makes_a_grader_of_mathematics_raise(grade):
+    pytest.importorskip("math_verify")
     rng = random.Random(2)
     pieces = list("0123456789+-*/()=. \n{}$\\,^x%") + [
         "\\boxed{",
@@ -396,10 +393,12 @@ MATHEMATICS = [
 ]
 
 
-@pytest.mark.parametrize("text, answer, reason", MATHEMATICS)
-def test_mathematics_without_math_verify_compares_normalised_strings(text, answer, reason, monkeypatch):
-    monkeypatch.setattr(gold_eval, "math_grader", lambda: "string")
-    assert gold_eval.grade_math(text, Row((), answer=answer)).reason == reason
+def test_tasks_of_mathematics_are_refused_at_once_where_math_verify_is_not_installed(monkeypatch):
+    found = gold_eval.importlib.util.find_spec
+    monkeypatch.setattr(gold_eval.importlib.util, "find_spec", lambda name: name != "math_verify" and found(name))
+    with pytest.raises(ValueError, match="math500 .* pip install"):
+        gold_eval.parse_tasks(["gsm8k", "math500"])
+    assert gold_eval.parse_tasks(["gsm8k", "aime"])
 
 
 @pytest.mark.parametrize(
