@@ -19,7 +19,6 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": str}
 
@@ -67,61 +67,50 @@ def to_row(raw: dict) -> Row:
     `generations` with `correctness_math_verify` (OpenR1-Math-220k): the first generation that was verified.
     Raises Unusable with the reason for a row that has the columns but not the content, KeyError for an unknown schema.
     """
+    ask = lambda question: [{"role": "user", "content": question}]
     answer = raw.get("expected_answer") if raw.get("expected_answer") is not None else raw.get("answer")
-    known = {"messages", "prompt", "completion", "problem", "question", "generations", "solution", "generated_solution"}
-    meta = {k: v for k, v in raw.items() if k not in known and not isinstance(v, (list, dict)) or k == "nums"}
-    if raw.get("generations") and raw.get("correctness_math_verify") is not None:
-        prompt = raw.get("messages") or [{"role": "user", "content": raw["problem"]}]
-        prompt = _before_answer(prompt)[0]
-        done = raw.get("is_reasoning_complete") or [True] * len(raw["generations"])
-        for text, good, complete in zip(raw["generations"], raw["correctness_math_verify"], done, strict=False):
-            if good and complete:
-                return _row(prompt, text, answer, meta)
-        raise Unusable("no verified generation")
+    completion = raw.get("completion")
     if raw.get("messages"):
-        prompt, completion = _before_answer(raw["messages"])
-        return _row(prompt, completion, answer, meta)
-    if raw.get("prompt"):
-        prompt, completion = raw["prompt"], raw.get("completion")
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if completion is not None and not isinstance(completion, str):
+        prompt = raw["messages"]
+        if prompt[-1]["role"] == "assistant":
+            prompt, completion = prompt[:-1], prompt[-1]["content"]
+    elif raw.get("prompt"):
+        prompt = ask(raw["prompt"]) if isinstance(raw["prompt"], str) else raw["prompt"]
+        if isinstance(completion, (list, tuple)):
             completion = completion[-1]["content"]
-        return _row(prompt, completion, answer, meta)
-    if raw.get("problem"):
-        completion = raw.get("generated_solution") or raw.get("solution")
-        return _row([{"role": "user", "content": raw["problem"]}], completion, answer, meta)
-    if raw.get("question"):
-        solution = re.sub(r"<<[^>]*>>", "", str(raw["answer"]))  # GSM8K's calculator annotations
-        final = solution.split("####")[-1].strip() if "####" in solution else solution
-        return _row([{"role": "user", "content": raw["question"]}], solution, final, meta)
-    if raw.get("nums") is not None and raw.get("target") is not None:
-        return _row(countdown_prompt(raw["nums"], raw["target"]), None, answer, meta)
-    raise KeyError(
-        f"cannot read a row with columns {sorted(raw)}: expected `messages`, `prompt` (+`completion`), `problem` "
-        "(+`generated_solution`/`solution`), `question`+`answer` or `nums`+`target`"
-    )
-
-
-def _before_answer(messages: list[Message]) -> tuple[list[Message], str | None]:
-    if messages[-1]["role"] != "assistant":
-        return messages, None
-    return messages[:-1], messages[-1]["content"]
-
-
-def _row(prompt: list[Message], completion: str | None, answer: Any, meta: dict) -> Row:
-    if not prompt or not any(m["role"] == "user" and m["content"] for m in prompt):
+    elif raw.get("problem"):
+        prompt, completion = ask(raw["problem"]), raw.get("generated_solution") or raw.get("solution")
+    elif raw.get("question"):
+        completion = re.sub(r"<<[^>]*>>", "", str(raw["answer"]))  # GSM8K's calculator annotations
+        prompt, answer = ask(raw["question"]), completion.split("####")[-1].strip()
+    elif raw.get("nums") is not None and raw.get("target") is not None:
+        prompt = countdown_prompt(raw["nums"], raw["target"])
+    else:
+        raise KeyError(
+            f"cannot read a row with columns {sorted(raw)}: expected `messages`, `prompt` (+`completion`), `problem` "
+            "(+`generated_solution`/`solution`), `question`+`answer` or `nums`+`target`"
+        )
+    if raw.get("generations") and raw.get("correctness_math_verify") is not None:
+        done = raw.get("is_reasoning_complete") or [True] * len(raw["generations"])
+        good = (text for text, *both in zip(raw["generations"], raw["correctness_math_verify"], done) if all(both))
+        completion = next(good, None)
+        if completion is None:
+            raise Unusable("no verified generation")
+    if not any(m["role"] == "user" and m["content"] for m in prompt):
         raise Unusable("empty prompt")
     if completion is not None and not completion.strip():
         raise Unusable("empty completion")
-    prompt = tuple({"role": m["role"], "content": m["content"]} for m in prompt)
-    return Row(prompt, completion, answer, meta)
+    known = {"messages", "prompt", "completion", "problem", "question", "generations", "solution", "generated_solution"}
+    meta = {k: v for k, v in raw.items() if k not in known and not isinstance(v, (list, dict)) or k == "nums"}
+    return Row(tuple({"role": m["role"], "content": m["content"]} for m in prompt), completion, answer, meta)
 
 
+FILES = (".jsonl", ".json", ".parquet")
 SPLIT = re.compile(r"^(\w+)(?:\[(\d*%?):(\d*%?)\])?$")
 
 
 def raw_rows(dataset: str, subset: str | None = None, split: str = "train", streaming: bool = False) -> Iterable[dict]:
-    """Rows as dictionaries, from a .jsonl / .json / .parquet file, a saved data set directory or the Hub.
+    """Rows as dictionaries: built in, or from a .jsonl / .json / .parquet file, a data set's directory or the Hub.
 
     Args:
         subset: a configuration of the data set. A name that is a split instead (OpenMathInstruct-2's train_1M) is used
@@ -132,31 +121,32 @@ def raw_rows(dataset: str, subset: str | None = None, split: str = "train", stre
     """
     import datasets
 
-    match = SPLIT.match(split)
+    match, path = SPLIT.match(split), Path(dataset)
     if not match:
         raise ValueError(f"split {split!r} is not understood: write a name or a slice of one, like train[:1024]")
-    path = Path(dataset)
-    if path.suffix in (".jsonl", ".json", ".parquet"):
-        if not path.exists():
-            raise FileNotFoundError(f"data set file {dataset} does not exist")
-        if subset is not None:
-            raise ValueError(f"{dataset} is a single file, it has no subset {subset!r}")
-        rows = _jsonl(path) if path.suffix != ".parquet" else datasets.Dataset.from_parquet(str(path))
-        return _sliced(rows, match, streaming)
-    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.DatasetDict):
-            if match[1] not in saved:
-                raise ValueError(f"{dataset} has no split {match[1]!r}; it has {sorted(saved)}")
-            saved = saved[match[1]]
-        return _sliced(saved, match, streaming)
-    if path.is_absolute() and not path.exists():
+    name = match[1]
+    if subset is not None and (dataset in BUILT_IN or path.suffix in FILES):
+        raise ValueError(f"{dataset} has no subsets, so no {subset!r}")
+    if dataset in BUILT_IN:
+        if name not in ("train", "test") or "%" in split:
+            raise ValueError(f"built-in {dataset} has splits like train, test, train[:1024]; got {split!r}")
+        n = int(match[3] or {"train": 4096, "test": 512}[name])
+        return _sliced(make_countdown(n, mini=dataset != "countdown", test=name == "test"), match)
+    if (path.suffix in FILES or path.is_absolute()) and not path.exists():
         raise FileNotFoundError(f"data set {dataset} does not exist")
+    if path.suffix in FILES:
+        return _sliced(_jsonl(path) if path.suffix != ".parquet" else datasets.Dataset.from_parquet(dataset), match)
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(dataset)
+        splits = saved if isinstance(saved, datasets.DatasetDict) else {name: saved}
+        if name not in splits:
+            raise ValueError(f"{dataset} has no split {name!r}; it has {sorted(splits)}")
+        return _sliced(splits[name], match)
     # a file per split: the library would read train.jsonl and train_1M.jsonl as one split "train"
-    files = {f.stem: f for f in path.glob("*") if f.suffix in (".jsonl", ".json", ".parquet")}
-    named = subset if subset in files and match[1] == "train" else match[1]
+    files = {f.stem: f for f in path.glob("*") if f.suffix in FILES}
+    named = subset if subset in files and name == "train" else name
     if named in files and (subset is None or subset in files):
-        return raw_rows(str(files[named]), None, split, streaming)
+        return raw_rows(str(files[named]), None, split)
     try:
         configs = datasets.get_dataset_config_names(dataset)
     except Exception as e:  # the Hub client raises a different class for each way of not finding something
@@ -164,53 +154,43 @@ def raw_rows(dataset: str, subset: str | None = None, split: str = "train", stre
             f"data set {dataset!r} is neither a local file or directory, nor a built-in one ({', '.join(BUILT_IN)}), "
             f"nor reachable on the Hub: {e}"
         ) from e
-    name = subset if subset in configs else None
-    if name is None and len(configs) > 1:
-        if subset is not None or "default" not in configs:
-            raise ValueError(f"{dataset} has the subsets {configs}: choose one of them, not {subset}")
-        name = "default"
-    splits = datasets.get_dataset_split_names(dataset, name or configs[0])
-    if subset is not None and name is None:
-        if subset not in splits or match[1] != "train":
+    config = subset if subset in configs else configs[0] if len(configs) == 1 else "default"
+    if config not in configs or (len(configs) > 1 and subset not in (None, config)):
+        raise ValueError(f"{dataset} has the subsets {configs}: choose one of them, not {subset}")
+    splits = datasets.get_dataset_split_names(dataset, config)
+    if subset not in (None, config):
+        if subset not in splits or name != "train":
             raise ValueError(f"{dataset} has no subset {subset!r}: its subsets are {configs}, its splits {splits}")
         print(f"data: {dataset} has no subset {subset!r} but a split of that name; using it")
-        match = SPLIT.match(split.replace("train", subset, 1))
-    if match[1] not in splits:
-        raise ValueError(f"{dataset} has no split {match[1]!r}: its splits are {splits}")
-    loaded = datasets.load_dataset(dataset, name, split=match[1] if streaming else match[0], streaming=streaming)
-    return _sliced(loaded, match, True) if streaming else loaded
+        name = subset
+    if name not in splits:
+        raise ValueError(f"{dataset} has no split {name!r}: its splits are {splits}")
+    return _sliced(datasets.load_dataset(dataset, config, split=name, streaming=streaming), match)
 
 
-def _sliced(rows: Iterable[dict], match: re.Match, streaming: bool) -> Iterable[dict]:
-    """Apply the slice of a split name; a percentage needs to know the length."""
-    start, stop = match[2] or "0", match[3]
-    if streaming and not isinstance(rows, list):
-        if "%" in start + (stop or ""):
+def _sliced(rows, match: re.Match):
+    """The slice of a split name; a percentage needs to know the length."""
+    start, stop = match[2] or "0", match[3] or "100%"
+    if not hasattr(rows, "__len__"):
+        if "%" in start + (match[3] or ""):
             raise ValueError("a percentage slice needs the whole data set: use numbers, or no streaming")
-        rows = rows.skip(int(start)) if int(start) else rows
-        return rows.take(int(stop) - int(start)) if stop else rows
-    n = len(rows)
-    start, stop = (n * int(x[:-1]) // 100 if x.endswith("%") else int(x) for x in (start, stop or str(n)))
-    return rows[start:stop] if isinstance(rows, list) else rows.select(range(start, min(stop, n)))
+        return rows.skip(int(start)).take(max(0, int(stop) - int(start))) if match[3] else rows.skip(int(start))
+    start, stop = (len(rows) * int(x[:-1]) // 100 if x.endswith("%") else int(x) for x in (start, stop))
+    return rows[start:stop] if isinstance(rows, list) else rows.select(range(start, min(stop, len(rows))))
 
 
 def _jsonl(path: Path) -> list[dict]:
     """A .jsonl file, or a .json file holding a list or lines."""
-    text = path.read_text()
-    if path.suffix == ".json" and text.lstrip().startswith("["):
+    text, rows = path.read_text(), []
+    whole = path.suffix == ".json" and text.lstrip().startswith("[")
+    for number, line in enumerate([text] if whole else text.split("\n"), 1):  # splitlines() would also cut at U+2028
         try:
-            return json.loads(text)
+            found = json.loads(line) if whole else [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as e:
-            raise ValueError(f"{path} is not valid JSON: {e}") from e
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut at U+2028
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{path} line {number} is not valid JSON ({e.msg}): {line[:80]!r}") from e
-            if not isinstance(rows[-1], dict):
-                raise ValueError(f"{path} line {number} is not an object: {line[:80]!r}")
+            raise ValueError(f"{path} line {number} is not valid JSON ({e.msg}): {line[:80]!r}") from e
+        if not all(isinstance(row, dict) for row in found):
+            raise ValueError(f"{path} line {number} is not an object: {line[:80]!r}")
+        rows += found
     return rows
 
 
@@ -219,9 +199,8 @@ def load_rows(dataset: str, subset: str | None = None, split: str = "train") -> 
 
     Raises ValueError if nothing is left.
     """
-    rows, dropped = [], Counter()
-    for row in iter_rows(dataset, subset, split, dropped=dropped):
-        rows.append(row)
+    dropped = Counter()
+    rows = list(iter_rows(dataset, subset, split, dropped=dropped))
     if not rows:
         why = f"dropped {dict(dropped)}" if dropped else "it is empty"
         raise ValueError(f"data set {dataset} ({split}) has no usable row: {why}")
@@ -229,20 +208,16 @@ def load_rows(dataset: str, subset: str | None = None, split: str = "train") -> 
 
 
 def iter_rows(
-    dataset: str,
-    subset: str | None = None,
-    split: str = "train",
-    streaming: bool = False,
+    dataset: str, subset: str | None = None, split: str = "train", streaming: bool = False,
     dropped: Counter | None = None,
-) -> Iterator[Row]:
+) -> Iterator[Row]:  # fmt: skip
     """Rows one by one; unusable ones are counted in `dropped`."""
-    dropped = Counter() if dropped is None else dropped
-    raws = BUILT_IN[dataset](split) if dataset in BUILT_IN else raw_rows(dataset, subset, split, streaming)
-    for raw in raws:
+    for raw in raw_rows(dataset, subset, split, streaming):
         try:
             yield to_row(raw)
         except Unusable as reason:
-            dropped[str(reason)] += 1
+            if dropped is not None:
+                dropped[str(reason)] += 1
 
 
 def hold_out(rows: list[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row], int]:
@@ -252,11 +227,8 @@ def hold_out(rows: list[Row], ratio: float, seed: int) -> tuple[list[Row], list[
     keys = sorted({row.key for row in rows})
     random.Random(f"hold out {seed}").shuffle(keys)
     held_keys = set(keys[: max(1, round(ratio * len(keys)))])
-    held, seen = [], set()
-    for row in rows:
-        if row.key in held_keys and row.key not in seen:
-            held.append(row)
-            seen.add(row.key)
+    first = {row.key: i for i, row in reversed(list(enumerate(rows)))}
+    held = [row for i, row in enumerate(rows) if row.key in held_keys and first[row.key] == i]
     kept = [row for row in rows if row.key not in held_keys]
     return kept, held, len(rows) - len(kept) - len(held)
 
@@ -280,6 +252,7 @@ COUNTDOWN_USER = (
     "(+, -, *, /) and each number can only be used once. Show your work in <think> </think> tags. And return the final "
     "equation and answer in <answer> </answer> tags, for example <answer> (1 + 2) / 3 = 1 </answer>."
 )
+BUILT_IN = ("countdown", "countdown-mini")
 MINI_USER = "Make {target} from {nums}."  # short: a model of half a million parameters has to read it
 
 
@@ -318,13 +291,12 @@ def countdown_puzzle(rng: random.Random, rule: Difficulty) -> dict | None:
 
 def _combine(a: tuple[int, str, int], b: tuple[int, str, int], op: str) -> tuple[int, str, int] | None:
     """a op b with as few parentheses as possible; None if the value is not a positive integer."""
-    value = {"+": a[0] + b[0], "-": a[0] - b[0], "*": a[0] * b[0], "/": Fraction(a[0], b[0])}[op]
-    if value <= 0 or Fraction(value).denominator != 1:
-        return None
+    quotient = a[0] // b[0] if a[0] % b[0] == 0 else 0
+    value = {"+": a[0] + b[0], "-": a[0] - b[0], "*": a[0] * b[0], "/": quotient}[op]
     strength = 1 if op in "*/" else 0
     left = f"({a[1]})" if a[2] < strength else a[1]
     right = f"({b[1]})" if b[2] < strength or (b[2] == strength and op in "-/") else b[1]
-    return int(value), f"{left} {op} {right}", strength
+    return (value, f"{left} {op} {right}", strength) if value > 0 else None
 
 
 def mini_puzzle(rng: random.Random) -> dict | None:
@@ -382,21 +354,6 @@ def make_countdown(
     return rows
 
 
-def _built_in_countdown(mini: bool):
-    def rows(split: str) -> list[dict]:
-        match = SPLIT.match(split)
-        if not match or match[1] not in ("train", "test") or "%" in split:
-            raise ValueError(f"built-in Countdown has splits like train, test, train[:1024]; got {split!r}")
-        default = {"train": 4096, "test": 512}[match[1]]
-        start, stop = int(match[2] or 0), int(match[3] or default)
-        return make_countdown(stop, mini=mini, test=match[1] == "test")[start:]
-
-    return rows
-
-
-BUILT_IN = {"countdown": _built_in_countdown(mini=False), "countdown-mini": _built_in_countdown(mini=True)}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # prompts: messages -> ids, through each model's own chat template
 
@@ -423,13 +380,13 @@ def render_prompt(tokenizer, messages: Iterable[Message]) -> str:
 
 def encode_prompt(tokenizer, messages: Iterable[Message]) -> list[int]:
     """Ids of `render_prompt` with exactly one beginning-of-text token where the tokenizer uses one."""
-    text = render_prompt(tokenizer, messages)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    if tokenizer.chat_template is None and adds_bos:
-        return [bos] + ids
-    while bos is not None and ids[:2] == [bos, bos]:
+    if bos is None:
+        return ids
+    if tokenizer.chat_template is None and tokenizer("a")["input_ids"][:1] == [bos]:
+        ids = [bos] + ids
+    while ids[:2] == [bos, bos]:
         ids = ids[1:]
     return ids
 
@@ -446,8 +403,7 @@ def end_ids(tokenizer, also: Iterable[int] = ()) -> tuple[int, ...]:
         tail = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(mark)[2]
         special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         found += [i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in special][:1]
-    found += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    found += list(also)
+    found += [i for i in (tokenizer.eos_token_id, *also) if i is not None]
     if not found:
         raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no eos token, so no completion could ever end")
     return tuple(dict.fromkeys(found))
@@ -483,32 +439,27 @@ def token_bytes(tokenizer) -> list[bytes | None]:
         raise ValueError(
             f"{type(tokenizer).__name__} is neither a fast tokenizer nor a tiktoken encoding: its bytes are unknown"
         )
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, parts = spec["model"], json.dumps([spec[k] for k in ("normalizer", "pre_tokenizer", "decoder")])
-    added = {token["id"]: token for token in spec["added_tokens"]}
-    vocab = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
-    byte_level, metaspace, alphabet = "ByteLevel" in parts, "\u2581" in parts or "\\u2581" in parts, _gpt2_bytes()
-    if model.get("end_of_word_suffix"):
+    if (spec := json.loads(tokenizer.backend_tokenizer.to_str()))["model"].get("end_of_word_suffix"):
         raise ValueError(f"{tokenizer.name_or_path}: BPE with end-of-word suffixes does not say where spaces are")
+    model, special = spec["model"], {token["id"]: token["special"] for token in spec["added_tokens"]}
+    parts = json.dumps([spec[k] for k in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
+    byte_level, metaspace, alphabet = "ByteLevel" in parts, "\u2581" in parts, _gpt2_bytes()
+    words = model["type"] == "WordPiece" or model["type"] == "WordLevel" and not metaspace
+    inside = model.get("continuing_subword_prefix") or "\0"  # a piece that does not begin a word
+    vocab = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
     out: list[bytes | None] = [None] * (max(vocab.values()) + 1)
     for piece, i in vocab.items():
-        literal = i in added
-        if literal and added[i]["special"] or piece == model.get("unk_token"):
+        if special.get(i) or piece == model.get("unk_token") or i == model.get("unk_id"):
             continue
-        if byte_level:  # an added token is literal text, not in the alphabet
-            in_alphabet = not literal and all(c in alphabet for c in piece)
-            out[i] = bytes(alphabet[c] for c in piece) if in_alphabet else piece.encode()
-        elif match := HEX_BYTE.match(piece):
+        literal = i in special  # an added token is text as it stands
+        if byte_level and not literal and all(c in alphabet for c in piece):
+            out[i] = bytes(alphabet[c] for c in piece)
+        elif not byte_level and (match := HEX_BYTE.match(piece)):
             out[i] = bytes([int(match[1], 16)])
-        elif model["type"] == "WordPiece" and not literal:
-            prefix = model["continuing_subword_prefix"]
-            out[i] = piece.removeprefix(prefix).encode() if piece.startswith(prefix) else b" " + piece.encode()
-        elif model["type"] == "WordLevel" and not literal and not metaspace:
-            out[i] = b" " + piece.encode()
+        elif words and not literal:
+            out[i] = piece.removeprefix(inside).encode() if piece.startswith(inside) else b" " + piece.encode()
         else:
-            out[i] = (piece.replace("\u2581", " ") if metaspace else piece).encode()
-    if model["type"] == "Unigram" and model.get("unk_id") is not None:
-        out[model["unk_id"]] = None
+            out[i] = (piece.replace("\u2581", " ") if metaspace and not byte_level else piece).encode()
     return out
 
 
@@ -532,22 +483,16 @@ class Vocabulary:
             self.bytes[i] = None
         self.lengths = np.array([len(b or b"") for b in self.bytes])
         self.single = {b[0]: i for i, b in reversed(list(enumerate(self.bytes))) if b is not None and len(b) == 1}
-        probe = "caf\u00e9 12 + 3 = 15 (ok)\n"
         # a tokenizer that puts a phantom space in front of a text is given something else to put it in front of
-        self.guards = [""] if self._writes(probe, "") else [g for g in "\n=0." if self._writes(probe, g)]
+        probe = "caf\u00e9 12 + 3 = 15 (ok)\n"
+        writes = lambda guard: self.join(self._encode_after(guard, probe) or []) == probe.encode()
+        self.guards = [""] if writes("") else [guard for guard in "\n=0." if writes(guard)]
         self.lossy = not self.guards
-
-    def _encode_text(self, text: str) -> list[int]:
-        # what a sample spells out is text, even where it spells a special token
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    def _writes(self, text: str, guard: str) -> bool:
-        ids = self._encode_after(guard, text)
-        return ids is not None and self.join(ids) == text.encode()
 
     def _encode_after(self, guard: str, text: str) -> list[int] | None:
         """Tokens of `text` where it follows `guard`; None if a token spans both."""
-        ids = self._encode_text(guard + text)
+        # what a sample spells out is text, even where it spells a special token
+        ids = self.tokenizer(guard + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if not guard:
             return ids
         cut = np.flatnonzero(np.cumsum(self.lengths[ids]) == 1 + len(guard))  # phantom space and guard
@@ -563,10 +508,8 @@ class Vocabulary:
         normalisation), the ids stop before it: `ends` says how far they got. A lossy tokenizer's ends are its offsets.
         """
         if self.lossy:
-            chars = text.decode(errors="replace")
-            encoded = self.tokenizer(
-                chars, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-            )
+            chars, options = text.decode(errors="replace"), {"add_special_tokens": False, "split_special_tokens": True}
+            encoded = self.tokenizer(chars, return_offsets_mapping=True, **options)
             width = np.cumsum([0] + [len(c.encode()) for c in chars])
             return encoded["input_ids"], width[[end for _, end in encoded["offset_mapping"]]]
         ids: list[int] = []
@@ -589,16 +532,14 @@ class Vocabulary:
     def tokens(self) -> set[bytes]:
         return {b for b in self.bytes if b}
 
-    # tokens sorted by bytes, and the tree of their prefixes: node 0 is "", every node is the range of tokens under it
+    @cached_property
+    def _sorted(self) -> list[tuple[bytes, int]]:
+        return sorted((b, i) for i, b in enumerate(self.bytes) if b)
 
     @cached_property
     def order(self) -> np.ndarray:
         """(K,) ids sorted by their bytes, the end ids last."""
         return np.array([i for _, i in self._sorted] + list(self.ends))
-
-    @cached_property
-    def _sorted(self) -> list[tuple[bytes, int]]:
-        return sorted((b, i) for i, b in enumerate(self.bytes) if b)
 
     @cached_property
     def rank(self) -> np.ndarray:
@@ -650,39 +591,28 @@ def _utf8_parts(data: bytes) -> Iterator[tuple[bytes, bool]]:
 
 
 class PrefixTree:
-    """All prefixes of a sorted list of byte strings.
+    """All prefixes of a sorted list of byte strings, in order: node 0 is b"".
 
     Node v is a prefix: strings lo[v] .. hi[v] - 1 start with it, and those before rest[v] are equal to it.
     """
 
     def __init__(self, strings: list[bytes]):
-        parent, byte, lo, hi, rest = [0], [0], [0], [len(strings)], [0]
-        path, last = [0], b""
-        for i, string in enumerate(strings):
-            common = next((d for d, (a, b) in enumerate(zip(string, last)) if a != b), min(len(string), len(last)))
-            for node in path[common + 1 :]:
-                hi[node] = i
-            del path[common + 1 :]
-            for b in string[common:]:
-                path.append(len(parent))
-                parent.append(path[-2])
-                byte.append(b)
-                lo.append(i)
-                hi.append(len(strings))
-                rest.append(i)
-            rest[path[-1]] = i + 1
-            last = string
-        self.byte, self.lo, self.hi, self.rest = map(np.array, (byte, lo, hi, rest))
+        prefixes = sorted({s[:n] for s in strings for n in range(len(s) + 1)} | {b""})
+        node, last = {prefix: v for v, prefix in enumerate(prefixes)}, b"\xff" * max(map(len, strings))
+        self.byte = np.array([prefix[-1] if prefix else 0 for prefix in prefixes])
+        self.lo = np.array([bisect_left(strings, prefix) for prefix in prefixes])
+        self.rest = np.array([bisect_right(strings, prefix) for prefix in prefixes])
+        self.hi = np.array([bisect_right(strings, prefix + last) for prefix in prefixes])
         self.is_token = self.rest > self.lo
-        key = np.array(parent) * 256 + self.byte  # children of a node are consecutive, ordered by byte
-        self.child = 1 + np.argsort(key[1:], kind="stable")
+        key = np.array([node[prefix[:-1]] for prefix in prefixes]) * 256 + self.byte
+        self.child = 1 + np.argsort(key[1:], kind="stable")  # those of a node are consecutive, ordered by byte
         self.child_key = key[self.child]
-        self.child_start = np.searchsorted(self.child_key, np.arange(len(parent) + 1) * 256)
+        self.child_start = np.searchsorted(self.child_key, np.arange(len(prefixes) + 1) * 256)
 
     def walk(self, text: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Every (i, end, node) such that some string starts with text[start[i]:end], end > start[i]."""
+        """Every (i, end, node) such that some string starts with text[start[i]:end], end >= start[i]."""
         index, end, node = np.arange(len(start)), start.copy(), np.zeros(len(start), dtype=np.int64)
-        found = [(index[:0], end[:0], node[:0])]
+        found = [(index, end, node)]
         while len(index):
             alive = end < len(text)
             index, end, node = index[alive], end[alive], node[alive]
@@ -711,11 +641,8 @@ def spans(student_ends: np.ndarray, teacher_ends: np.ndarray) -> tuple[np.ndarra
     A span closes where both sides have a token end; tokens after the last such offset have span -1.
     """
     common = np.intersect1d(student_ends, teacher_ends)
-    out = []
-    for ends in (student_ends, teacher_ends):
-        span = np.searchsorted(common, ends)
-        out.append(np.where(span < len(common), span, -1))
-    return out[0], out[1], len(common)
+    span = lambda ends: np.where(ends <= common.max(initial=-1), np.searchsorted(common, ends), -1)
+    return span(student_ends), span(teacher_ends), len(common)
 
 
 def shared_bins(student: Vocabulary, teacher: Vocabulary) -> tuple[np.ndarray, np.ndarray, int]:
@@ -724,28 +651,24 @@ def shared_bins(student: Vocabulary, teacher: Vocabulary) -> tuple[np.ndarray, n
     A token's bin is its longest prefix that is a token of both vocabularies; all ids that end a text share one bin, by
     role, and what has no shared prefix shares the last.
     """
-    shared = sorted(student.tokens & teacher.tokens)
-    number = {b: i for i, b in enumerate(shared)}
-    out = []
-    for vocabulary in (student, teacher):
-        bins = np.full(vocabulary.size, len(shared) + 1)
-        for i, b in enumerate(vocabulary.bytes):
-            prefix = next((b[:n] for n in range(len(b or b""), 0, -1) if b[:n] in number), None)
-            if prefix is not None:
-                bins[i] = number[prefix]
-        bins[list(vocabulary.ends)] = len(shared)
-        out.append(bins)
-    return out[0], out[1], len(shared) + 2
+    number = {b: i for i, b in enumerate(sorted(student.tokens & teacher.tokens))}
+    end, nothing = len(number), len(number) + 1
+
+    def bins(v: Vocabulary) -> np.ndarray:
+        prefixes = ((number.get(b[:n]) for n in range(len(b), 0, -1)) for b in (b or b"" for b in v.bytes))
+        out = np.array([next((bin for bin in some if bin is not None), nothing) for some in prefixes])
+        out[list(v.ends)] = end
+        return out
+
+    return bins(student), bins(teacher), len(number) + 2
 
 
 def shared_ids(student: Vocabulary, teacher: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
     """Ids (K,), (K,) of the same byte strings in both vocabularies, one to one, and of the first end ids."""
     first_s, first_t = ({b: i for i, b in reversed(list(enumerate(v.bytes))) if b} for v in (student, teacher))
     both = sorted(first_s.keys() & first_t.keys())
-    return (
-        np.array([first_s[b] for b in both] + [student.ends[0]]),
-        np.array([first_t[b] for b in both] + [teacher.ends[0]]),
-    )
+    ids = lambda first, end: np.array([first[b] for b in both] + [end])
+    return ids(first_s, student.ends[0]), ids(first_t, teacher.ends[0])
 
 
 class _PrefixSide:
@@ -753,22 +676,18 @@ class _PrefixSide:
 
     def __init__(self, vocabulary: Vocabulary, ids: list[int], text: np.ndarray):
         n, tree = len(text), vocabulary.tree
-        self.vocabulary, self.tree = vocabulary, tree
-        self.rank = vocabulary.rank[ids]
-        self.boundary = np.cumsum([0, *vocabulary.lengths[ids]])[: len(ids)]  # offset at which row i predicts
-        self.row, self.end, self.node = tree.walk(text, self.boundary)
-        self.is_boundary = np.zeros(n + 1, dtype=bool)
-        self.is_boundary[self.boundary] = True
-        self.is_boundary[n] = True
+        self.tree, self.rank, self.num_tokens = tree, vocabulary.rank[ids], len(vocabulary.order)
+        boundary = np.cumsum([0, *vocabulary.lengths[ids]])[: len(ids)]  # offset at which row i predicts
+        self.row, self.end, self.node = tree.walk(text, boundary)
         self.row_at = np.full(n + 1, -1)
-        self.row_at[self.boundary] = np.arange(len(ids))
+        self.row_at[boundary] = np.arange(len(ids))
+        self.is_boundary = self.row_at >= 0
+        self.is_boundary[n] = True
         # inside a token of the path: the prefix of it that has been written; at a boundary: the root
         self.inside = np.zeros(n + 1, dtype=np.int64)
-        own = self.end < np.append(self.boundary[1:], n)[self.row]
+        own = self.end < np.append(boundary[1:], n)[self.row]
         self.inside[self.end[own]] = self.node[own]
-        after_boundary = np.zeros(n + 2, dtype=bool)
-        after_boundary[self.boundary + 1] = True
-        self.known = self.is_boundary | after_boundary[: n + 1] | tree.is_token[self.inside]
+        self.known = self.is_boundary | np.append(False, self.is_boundary[:-1]) | tree.is_token[self.inside]
 
 
 def prefix_queries(
@@ -785,8 +704,8 @@ def prefix_queries(
 
     Args:
         student_ids, teacher_ids: tokens that write exactly `text`, then an end id if `ended`.
-    Returns: (student queries, teacher queries, offset (O,), number of offsets M); in a query's slot, outcomes are
-        0..O-1, totals O..O+M-1, discarded O+M, all counted within this completion.
+    Returns: (student queries, teacher queries, offset (O,), number of offsets M); a query's slot is an outcome 0..O-1
+        or, for the total of offset m, -1 - m; a token of the path has -1 - M.
     """
     data = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
     n = len(data)
@@ -808,54 +727,36 @@ def prefix_queries(
     count[part] += told.sum(1)
     first = count.cumsum() - count
     num_outcomes = int(count.sum())
-    slot_of_byte = np.full((num_offsets, 256), -1)
+    nowhere = num_outcomes
+    slot_of_byte = np.full((num_offsets, 256), nowhere)
     slot_of_byte[full] = first[full][:, None] + np.arange(256)
-    slot_of_byte[part] = np.where(told, first[part][:, None] + told.cumsum(1) - 1, -1)
+    slot_of_byte[part] = np.where(told, first[part][:, None] + told.cumsum(1) - 1, nowhere)
+    leap_to = np.full(n + 2, nowhere)
+    leap_to[after[leap]] = (first + count - 1)[leap]
     offset_at = np.full(n + 1, -1)
     offset_at[at] = np.arange(num_offsets)
-    leap_to = np.full(n + 2, -1)
-    leap_to[after[leap]] = (first + count - 1)[leap]
 
     queries = []
     for side in sides:
-        tree, total_size = side.tree, len(side.vocabulary.order)
-        rows, discard = np.arange(len(side.rank)), np.full(len(side.rank), num_outcomes + num_offsets)
-        asked = [(rows, side.rank, side.rank + 1, discard)]
-        # next bytes: below every prefix that reaches a used offset, and below the root where a boundary meets a part
-        here = offset_at[side.end]
-        row, node, here = side.row[here >= 0], side.node[here >= 0], here[here >= 0]
-        root = part[side.is_boundary[at[part]]]
-        below_row, below_here = np.append(row, side.row_at[at[root]]), np.append(here, root)
-        index, child = tree.children(np.append(node, np.zeros(len(root), dtype=np.int64)))
-        slot = slot_of_byte[below_here[index], tree.byte[child]]
-        index, child, slot = index[slot >= 0], child[slot >= 0], slot[slot >= 0]
-        asked.append((below_row[index], tree.lo[child], tree.hi[child], slot))
-        # several bytes at once
-        leaps = np.flatnonzero(leap_to[side.end] >= 0)
-        target = side.node[leaps]
-        asked.append((side.row[leaps], tree.lo[target], tree.hi[target], leap_to[side.end][leaps]))
-        # totals: what continues past the offset. A token that ends at a boundary without being on the path is dropped:
-        # its text goes on in a way that no row of the path describes
+        tree, row, node, rows = side.tree, side.row, side.node, len(side.rank)
+        path = np.arange(rows), side.rank, side.rank + 1, np.full(rows, -1 - num_offsets)
+        leaps = row, tree.lo[node], tree.hi[node], np.where(node > 0, leap_to[side.end], nowhere)
+        used = offset_at[side.end] >= 0
+        row, node, here = row[used], node[used], offset_at[side.end[used]]
+        # the next byte: below every prefix that reaches a used offset; a `full` row is asked for all 256 at once
+        index, child = tree.children(node)
+        slot = np.where((full[here] & (node == 0))[index], nowhere, slot_of_byte[here[index], tree.byte[child]])
+        bytes_ = row[index], tree.lo[child], tree.hi[child], slot
+        # the total: what continues past the offset. A token that ends at a boundary without being on the path is
+        # dropped: its text goes on in a way that no row of the path describes
         lo = np.where(side.is_boundary[at[here]], tree.rest[node], tree.lo[node])
-        asked.append((row, lo, tree.hi[node], num_outcomes + here))
-        own = np.flatnonzero(side.is_boundary[at])
-        asked.append((side.row_at[at[own]], 0 * own, 0 * own + total_size, num_outcomes + own))
-        row, lo, hi, slot = (np.concatenate(part) for part in zip(*asked))
-        keep = np.flatnonzero(lo < hi)
+        totals = row, lo, np.where(node > 0, tree.hi[node], side.num_tokens), -1 - here
+        row, lo, hi, slot = map(np.concatenate, zip(path, leaps, bytes_, totals))
+        keep = np.flatnonzero((lo < hi) & (slot < nowhere))
         keep = keep[np.argsort(row[keep], kind="stable")]
-        path = np.empty(len(row), dtype=np.int64)
-        path[keep] = np.arange(len(keep))
-        queries.append(
-            {
-                "row": row[keep],
-                "lo": lo[keep],
-                "hi": hi[keep],
-                "slot": slot[keep],
-                "path": path[: len(side.rank)],
-                "full_row": side.row_at[at[full]],
-                "full_slot": first[full],
-            }
-        )
+        own = np.flatnonzero(keep < rows)  # in the order of the rows
+        q = {"row": row[keep], "lo": lo[keep], "hi": hi[keep], "slot": slot[keep], "path": own}
+        queries.append(q | {"full_row": side.row_at[at[full]], "full_slot": first[full]})
     return queries[0], queries[1], np.repeat(np.arange(num_offsets), count), num_offsets
 
 
@@ -877,8 +778,7 @@ class Alignment:
 def same_vocabulary(a: Vocabulary, b: Vocabulary) -> bool:
     """Same id -> same bytes for every id, and the same ids end a completion; padding rows of the heads do not count."""
     n = min(a.size, b.size)
-    padding = a.bytes[n:] + b.bytes[n:]
-    return a.bytes[:n] == b.bytes[:n] and not any(padding) and set(a.ends) == set(b.ends)
+    return a.bytes[:n] == b.bytes[:n] and not any(a.bytes[n:] + b.bytes[n:]) and set(a.ends) == set(b.ends)
 
 
 def align(
@@ -907,14 +807,11 @@ def align(
     if complete:  # the end of the text is a byte of its own
         student_ends, teacher_ends = np.append(student_ends, stop + 1), np.append(teacher_ends, stop + 1)
         student_ids, teacher_ids = completion_ids, teacher_ids + [teacher.ends[0]]
-    student_span, teacher_span, num_spans = spans(student_ends, teacher_ends)
     queries = None
     if prefix:
         queries = prefix_queries(student, teacher, student_ids, teacher_ids, text[:stop], complete)
-    num_bytes = int(student.lengths[content].sum())
-    return Alignment(
-        teacher_ids, len(student_ids), len(teacher_ids), student_span, teacher_span, num_spans, num_bytes, stop, queries
-    )
+    num_bytes, span = int(student.lengths[content].sum()), spans(student_ends, teacher_ends)
+    return Alignment(teacher_ids, len(student_ids), len(teacher_ids), *span, num_bytes, stop, queries)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -971,13 +868,9 @@ class Batch:
 
 
 def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return ids, mask
+    """(ids, mask) of unequal rows."""
+    stack = lambda rows: pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+    return stack(rows), stack([[1] * len(row) for row in rows])
 
 
 def _predicting_rows(prompts: list[int], counts: list[int], width: int) -> Tensor:
@@ -1022,30 +915,27 @@ def collate(samples: list[Sample], with_teacher: bool = True) -> Batch:
 
 
 def _collate_queries(batch: Batch, parts: list[tuple]) -> None:
-    outcomes = np.array([len(p[2]) for p in parts])
-    offsets = np.array([p[3] for p in parts])
-    first_outcome, first_offset = outcomes.cumsum() - outcomes, offsets.cumsum() - offsets
-    total_outcomes, total_offsets = int(outcomes.sum()), int(offsets.sum())
-    merged: list[dict[str, Tensor]] = []
+    """One completion's slots after another's: all outcomes, then all totals, then one for the tokens of the path."""
+    merged = []
     for side in (0, 1):
-        columns, rows, queries = defaultdict(list), 0, 0
-        for i, part in enumerate(parts):
-            q, o, m = part[side], outcomes[i], offsets[i]
-            moved = np.where(q["slot"] < o, first_outcome[i], total_outcomes + first_offset[i] - o)
-            discard = total_outcomes + total_offsets
-            columns["slot"].append(np.where(q["slot"] == o + m, discard, q["slot"] + moved))
-            columns["row"].append(q["row"] + rows)
-            columns["lo"].append(q["lo"])
-            columns["hi"].append(q["hi"])
-            columns["path"].append(q["path"] + queries)
+        columns, rows, queries, outcomes, totals = defaultdict(list), 0, 0, 0, 0
+        for part in parts:
+            q, shift = part[side], {"row": rows, "full_row": rows, "path": queries, "full_slot": outcomes}
+            shift["slot"] = np.where(q["slot"] < 0, -totals, outcomes)
+            for key, column in q.items():
+                columns[key].append(column + shift.get(key, 0))
             columns["start"].append(np.full(len(q["path"]), rows))
-            columns["full_row"].append(q["full_row"] + rows)
-            columns["full_slot"].append(q["full_slot"] + first_outcome[i])
             rows, queries = rows + len(q["path"]), queries + len(q["row"])
-        merged.append({k: torch.tensor(np.concatenate(v), dtype=torch.long) for k, v in columns.items()})
+            outcomes, totals = outcomes + len(part[2]), totals + part[3]
+        q = {key: torch.tensor(np.concatenate(column), dtype=torch.long) for key, column in columns.items()}
+        q["slot"] = torch.where(q["slot"] < 0, outcomes - 1 - q["slot"], q["slot"])
+        q["slot"][q["path"]] = outcomes + totals
+        merged.append(q)
     batch.student_queries, batch.teacher_queries = merged
-    batch.offset = torch.tensor(np.concatenate([p[2] + f for p, f in zip(parts, first_offset)]), dtype=torch.long)
-    batch.offset_sample = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(offsets))
+    offsets = np.array([part[3] for part in parts])
+    first = offsets.cumsum() - offsets
+    batch.offset = torch.tensor(np.concatenate([part[2] + f for part, f in zip(parts, first)]), dtype=torch.long)
+    batch.offset_sample = torch.tensor(np.repeat(np.arange(len(parts)), offsets))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
