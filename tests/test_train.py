@@ -165,6 +165,21 @@ def test_a_teacher_that_is_the_student_teaches_nothing(models, data, tmp_path):
     assert abs(row["actor/jsd_loss"]) < 1e-6 and row["actor/grad_norm"] < 1e-4
 
 
+def test_held_out_rows_may_be_fewer_than_ranks(models, data, tmp_path):
+    """One row, two ranks (real torchrun): the same loss as on one rank, and nobody waits for ever."""
+    for teacher in ("cross", None):
+        alone = {} if teacher else {"lmbda": 0.0, "ce_weight": 1.0}
+        rows = []
+        for ranks in (1, 2):
+            cfg = config(
+                models, data, tmp_path / f"{teacher}{ranks}", teacher, eval_ratio=0.02, eval_steps=1, max_steps=2,
+                per_device_train_batch_size=8 // ranks, learning_rate=0.0, **alone,
+            )  # fmt: skip
+            run(cfg, ranks)
+            rows.append([row["eval/heldout_loss"] for row in metrics(cfg.output_dir)])
+        assert rows[0] == pytest.approx(rows[1], rel=1e-5) and min(rows[0]) > 0
+
+
 def test_gradient_checkpointing_changes_memory_only(models, data, tmp_path):
     rows = []
     for on in (False, True):
@@ -326,11 +341,39 @@ def test_only_the_newest_checkpoints_are_kept_and_transformers_loads_them(models
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
 
 
-def test_resume_refuses_other_windows(models, data, tmp_path):
-    cfg = config(models, data, tmp_path / "out")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lmbda": 0.75}, r"lmbda.*0.5 -> 0.75"),
+        ({"eval_ratio": 0.3}, r"rows.*40 -> 28"),
+        ({"per_device_train_batch_size": 2}, r"slots.*8 -> 4"),
+        ({"weight_decay": 0.1}, r"weight_decay"),
+    ],
+)
+def test_resume_refuses_to_become_another_run(models, data, tmp_path, change, message):
+    cfg = config(models, data, tmp_path / "out", max_completion_length=4)
     gold_train.train(cfg, ALONE)
-    with pytest.raises(SystemExit, match=r"lmbda.*0.5 -> 0.75"):
-        gold_train.train(dataclasses.replace(cfg, resume=True, max_steps=2, lmbda=0.75), ALONE)
+    with pytest.raises(SystemExit, match=message):
+        gold_train.train(dataclasses.replace(cfg, resume=True, **change), ALONE)
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_be_started_again(models, data, tmp_path, monkeypatch):
+    """And nothing of it is mixed into the new one."""
+    cfg = config(models, data, tmp_path / "out", max_steps=4, seq_kd=True)
+
+    def killed(*args, **kwargs):
+        (tmp_path / "out" / "checkpoints" / ".step-000004").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gold_train, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        gold_train.train(cfg, ALONE)
+    monkeypatch.undo()
+    other = dataclasses.replace(cfg, dataset=write_rows(tmp_path / "other.jsonl", str), seed=6)
+    gold_train.train(other, ALONE)
+    fresh = dataclasses.replace(other, output_dir=str(tmp_path / "fresh"))
+    gold_train.train(fresh, ALONE)
+    assert metrics(other.output_dir) == metrics(fresh.output_dir)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -356,7 +399,7 @@ def test_a_run_folder_is_complete(evaluated):
     assert environment["versions"]["torch"] == torch.__version__ and len(environment["commit"]) in (0, 40)
     assert Config(**json.loads((evaluated / "config.json").read_text())).seed == 5
     text = gold_train.run_report(evaluated, {})
-    assert "student before" in text and "student after" in text and "teacher" in text
+    assert "student before" in text and "student after 6 steps" in text and "teacher" in text
     assert (evaluated / "curves.png").stat().st_size > 10_000 and (evaluated / "report.md").read_text() == text
 
 
@@ -462,7 +505,7 @@ def call(monkeypatch, capsys, *flags: str) -> tuple[int, str]:
 
 BAD = {
     "unknown flag": (("--lamda", "0.5"), r"--lmbda"),
-    "a share above 1": (("--lmbda", "1.5"), r"lmbda .* in \[0, 1\]: got 1.5"),
+    "a share above 1": (("--lmbda", "1.5"), r"lmbda must be in \[0, 1\]: got 1.5"),
     "a window that does not divide": (("--generation-batch-size", "3", "--num-generations", "2"), r"3 x .* = 6.* = 8"),
     "beta outside": (("--beta", "1.2"), r"beta .*1.2"),
     "a missing model": (("--student-model", "no/such-model"), r"'no/such-model' is neither a directory"),
@@ -478,6 +521,10 @@ BAD = {
     "an unknown task": (("--eval-tasks", "countdwn"), r"countdwn"),
     "a loss temperature that breaks products": (("--loss-temperature", "2"), r"loss_temperature must be 1"),
     "early stop without a metric": (("--early-stop", "2"), r"save_best"),
+    "a best metric of no task": (("--eval-tasks", "ppl=x", "--save-best", "gsm8k/acc"), r"save_best gsm8k/acc"),
+    "a device that is not there": (("--teacher-device", "cuda:9"), r"teacher_device: there is no device 'cuda:9'"),
+    "a negative seed": (("--seed", "-1"), r"seed must be in"),
+    "evaluation steps without evaluation": (("--eval-steps", "5"), r"nothing to evaluate"),
     "a sampler device without lag": (("--sampler-device", "cpu"), r"--lag"),
     "steps of a streamed set": (("--streaming", "--max-steps", "None"), r"--max-steps"),
     "nothing to resume": (("--resume",), r"nothing to resume"),
@@ -551,11 +598,11 @@ def test_the_embedded_job_ends_with_a_table_and_can_be_resumed(tmp_path, monkeyp
     gold_train.main()
     text = capsys.readouterr().out
     assert re.search(r"\| model +\| correct \| accuracy", text)
-    for name in ("teacher", "student before", "student after", "answers alone"):
+    for name in ("teacher", "student before", "student after 2 steps", "answers alone"):
         assert f"| {name} " in text
     assert (out / "gold" / "report.md").exists() and (out / "gold" / "curves.png").exists()
     code, text = call(monkeypatch, capsys, *flags)
     assert code == 1 and "--resume" in text
     monkeypatch.setattr(sys, "argv", ["gold_train.py", *flags, "--resume"])
     gold_train.main()
-    assert "| student after " in capsys.readouterr().out
+    assert "| student after 2 steps " in capsys.readouterr().out
