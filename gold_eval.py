@@ -729,9 +729,8 @@ class Evaluator:
         self._enqueue(Job(name, None, str(model_dir), None, keep=True))
 
     def _enqueue(self, job: Job) -> None:
-        older = lambda: [
-            old for old in self.waiting if job.step and not old.keep
-        ]  # snapshots that this one may replace
+        """A snapshot takes the place of the older ones that wait, or waits until there are none."""
+        older = lambda: [old for old in self.waiting if job.step and not old.keep]
         with self.changed:
             self.changed.wait_for(lambda: self.policy != "wait" or not older() or self.disabled or self.closed)
             for old in older():
@@ -771,9 +770,9 @@ class Evaluator:
     def failures(self) -> int:
         return sum(self.counts[status] for status in ("error", "crashed", "timeout"))
 
-    def _record(self, job: Job, status: str, seconds: float = 0.0, results: dict = {}, error: str = "") -> None:  # noqa: B006
+    def _record(self, job: Job, status: str, *, seconds=0.0, results=None, error="") -> None:
         record = {"step": job.step, "model": job.name, "status": status, "seconds": round(seconds, 3)}
-        record |= {"results": results} | ({"error": error} if error else {})
+        record |= {"results": results or {}} | ({"error": error} if error else {})
         with self.changed:
             self.counts[status] += 1
             self.records.put(record)
@@ -791,7 +790,7 @@ class Evaluator:
             try:
                 answer = self._ask(job, start)
             except (EOFError, ConnectionError):  # the other end of the pipe is closed: the child is dead
-                answer = {"status": "crashed", "error": f"exit code {self.child.wait()}, see {self.out}/eval.log"}
+                answer = {"status": "crashed", "error": f"exit code {self._kill(5)}, see {self.out}/eval.log"}
             except Exception:  # noqa: BLE001 - whatever went wrong here is this job's record, not the end of training
                 answer = {"status": "error", "error": traceback.format_exc()}
             in_a_row = 0 if answer["status"] == "ok" else in_a_row + 1
@@ -851,13 +850,17 @@ class Evaluator:
         setup |= {"device": self.device.split(":")[0], "options": asdict(self.options), "alone": self.echo}
         self.connection.send(setup)
 
-    def _kill(self) -> None:
-        if self.child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.child.pid, signal.SIGKILL)
-            self.child.wait()
-            self.connection.close()
-        self.child = None
+    def _kill(self, grace: float = 0.0) -> int | None:
+        """End the child, if it does not end by itself in `grace` seconds, and what it started. Its exit code."""
+        child, self.child = self.child, None
+        if child is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(grace)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        self.connection.close()
+        return child.wait()
 
 
 def snapshot(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -1069,8 +1072,8 @@ def main(config: Config) -> int:
         if not Path(model).exists() and (model.count("/") > 1 or model[0] in "./~"):
             raise FileNotFoundError(f"there is no model directory {model}")
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     if config.runs:
+        out.mkdir(parents=True, exist_ok=True)
         plot_runs(config.runs, out / "runs.png", config.metric)
         print(f"curves of {len(config.runs)} runs in {out / 'runs.png'}")
     if not config.model:

@@ -48,7 +48,7 @@ def save_student(folder: str):
 
     model = tiny_llama(len(byte_level()), hidden=128, layers=4)
     model.config.eos_token_id = byte_level().eos_token_id
-    model.config.save_pretrained(folder)
+    model.save_pretrained(folder)
     byte_level().save_pretrained(folder)
     return model
 

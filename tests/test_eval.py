@@ -372,6 +372,14 @@ def test_a_dead_child_is_a_record_and_the_next_job_gets_a_new_one(child, capsys)
     assert evaluator.failures == 2 and "step 1: crashed" in capsys.readouterr().err
 
 
+def test_a_child_that_hangs_up_but_does_not_end_is_killed(child):
+    evaluator = child("connection.close(); time.sleep(1000)", timeout=60)
+    start = time.perf_counter()
+    evaluator.submit(0, state())
+    assert evaluator.close() and time.perf_counter() - start < 30
+    assert statuses(evaluator.poll()) == {0: "crashed"}
+
+
 def test_an_exception_is_a_record_with_its_traceback(child):
     body = "if name[-1] == '1': connection.send({'status': 'error', 'error': 'Traceback: boom'}); sys.exit(1)\ndone()"
     evaluator = child(body, policy="wait")
@@ -546,6 +554,7 @@ def test_during_training_afterwards_and_in_process_the_numbers_are_the_same(save
     """Child with submitted weights == child with a directory == command line == evaluate(), answers included."""
     whole, other, tokenizer = saved
     tasks, options = ["countdown-mini", f"ppl={texts}"], dict(max_samples=12, max_new_tokens=10, batch_size=5)
+    options |= dict(num_samples=2, temperature=1.0)
     changed = tiny_qwen(len(byte_level()), hidden=64, seed=5)
     expected = [
         gold_eval.evaluate(model, tokenizer, tasks, tmp_path / f"expected-{i}", **options)
@@ -557,6 +566,7 @@ def test_during_training_afterwards_and_in_process_the_numbers_are_the_same(save
     assert evaluator.close()
     command = [sys.executable, "gold_eval.py", "--model", str(whole), "--task", *tasks, "--out", str(tmp_path / "cli")]
     command += ["--max-samples", "12", "--max-new-tokens", "10", "--batch-size", "5", "--device", "cpu", "--plot"]
+    command += ["--num-samples", "2", "--temperature", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cli = json.loads((tmp_path / "cli" / "results.json").read_text())["models"]["whole"]
@@ -670,6 +680,8 @@ def test_runs_are_read_with_their_late_evaluations_and_drawn_over_steps_and_toke
     assert run["countdown/accuracy"] == {0: 0.5, 2: 0.5}
     assert gold_eval.main(gold_eval.Config(runs=(str(tmp_path / "a"), str(tmp_path / "b")), out=str(tmp_path))) == 0
     assert (tmp_path / "runs.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(ValueError, match="no metric 'gsm8k/accuracy' .* countdown/accuracy"):
+        gold_eval.plot_runs([tmp_path / "a"], tmp_path / "x.png", "gsm8k/accuracy")
     with pytest.raises(FileNotFoundError, match="not the folder of a training run"):
         gold_eval.read_run(tmp_path)
 
@@ -716,3 +728,5 @@ def test_one_model_that_cannot_be_scored_fails_the_command_and_costs_the_others_
     printed = capsys.readouterr()
     assert "| a " in printed.out and "| c " in printed.out and "b step None: crashed" in printed.err
     assert (tmp_path / "classes.png").exists()
+    gold_eval.plot_classes({"a": RESULTS_PPL}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()  # nothing to draw
