@@ -815,10 +815,10 @@ class Evaluator:
 
     def _ask(self, job: Job, start: float) -> dict:
         """The child's answer, or a timeout. Raises EOFError or ConnectionError if the child dies."""
-        empty = job.weights is not None  # the model directory holds no weights, or not these
-        if self.child is None or self.child_model != job.model_dir:
-            self._spawn(job.model_dir, empty)
-        if empty:
+        sent = job.weights is not None  # else those in the model directory are meant
+        if self.child is None or self.child_has != (job.model_dir, sent):
+            self._spawn(job.model_dir, sent)
+        if sent:
             torch.save(job.weights, self.weights_file)  # a tied head is written once; no lock is held while it writes
             job.weights = None
         name = re.sub(r"[^\w.-]+", "_", job.name) if job.step is None else f"step-{job.step:06d}"
@@ -829,11 +829,11 @@ class Evaluator:
                 self.cut_short |= late
                 return {"status": "timeout", "error": f"no answer in {waited:.0f} seconds, child killed"}
         answer = self.connection.recv()
-        if empty:
+        if sent:
             os.truncate(self.weights_file, 0)  # the memory is free until the next snapshot
         return answer
 
-    def _spawn(self, model_dir: str, empty: bool) -> None:
+    def _spawn(self, model_dir: str, sent: bool) -> None:
         self._kill()
         self.connection, theirs = multiprocessing.Pipe()
         with open(self.out / "eval.log", "a") as log:
@@ -845,8 +845,8 @@ class Evaluator:
                 start_new_session=True,  # what it starts is killed with it, and Ctrl-C is ours to handle
             )  # fmt: skip
         theirs.close()  # so that its death closes the pipe
-        self.child_model = model_dir
-        setup = {"model_dir": model_dir, "weights": self.weights_file if empty else None, "tasks": self.tasks}
+        self.child_has = model_dir, sent
+        setup = {"model_dir": model_dir, "weights": self.weights_file if sent else None, "tasks": self.tasks}
         setup |= {"device": self.device.split(":")[0], "options": asdict(self.options), "alone": self.echo}
         self.connection.send(setup)
 

@@ -319,6 +319,15 @@ def test_every_submit_is_answered_and_summed_up(child):
     assert evaluator.summary() == "evaluations: 3 ok" and evaluator.failures == 0 and evaluator.poll() == []
 
 
+def test_a_teacher_from_the_students_directory_is_scored_with_its_own_weights(child):
+    evaluator = child("done(sent=setup['weights'] is not None)", policy="wait")
+    evaluator.submit_model("teacher", "student")
+    evaluator.submit(0, state())
+    evaluator.submit_model("again", "student")
+    assert evaluator.close()
+    assert [r["results"]["t"]["sent"] for r in evaluator.poll()] == [False, True, False]
+
+
 def test_submit_returns_at_once_while_an_evaluation_runs(child):
     evaluator = child("time.sleep(1); done()")
     weights = {str(i): torch.randn(256, 256) for i in range(40)}  # 10 MB
