@@ -338,18 +338,17 @@ def make_countdown(
         puzzle = mini_puzzle(rng) if mini else countdown_puzzle(rng, rule)
         key = puzzle and (*puzzle["nums"], puzzle["target"])
         in_test = key and zlib.crc32(str((*sorted(key[:-1]), key[-1])).encode()) % 10 == 0
-        if key is None or in_test != test or key in seen:
-            misses += 1
-            if misses == 100_000:
-                raise ValueError(f"only {len(rows)} different puzzles found, {n} wanted: allow more or larger numbers")
+        misses = misses + 1 if key is None or key in seen or in_test != test else 0
+        if misses == 100_000:
+            raise ValueError(f"only {len(rows)} different puzzles found, {n} wanted: allow more or larger numbers")
+        if misses:
             continue
         seen.add(key)
-        misses, nums, target, solution = 0, puzzle["nums"], puzzle["target"], puzzle["solution"]
+        nums, target, answer = puzzle["nums"], puzzle["target"], f"{puzzle['solution']} = {puzzle['target']}"
         prompt = countdown_prompt(nums, target)
         if mini:
             prompt = [{"role": "user", "content": MINI_USER.format(target=target, nums=", ".join(map(str, nums)))}]
-        think = puzzle.get("think", f"{solution} = {target}")
-        completion = f"<think> {think} </think>\n<answer> {solution} = {target} </answer>"
+        completion = f"<think> {puzzle.get('think', answer)} </think>\n<answer> {answer} </answer>"
         rows.append({"prompt": prompt, "completion": completion, "nums": nums, "target": target})
     return rows
 
@@ -364,18 +363,18 @@ def render_prompt(tokenizer, messages: Iterable[Message]) -> str:
     Without a chat template: "User: ...\\n\\nAssistant:\\n" with one such block per message. A template that refuses
     system messages gets the system text in front of the first user message.
     """
-    messages = list(messages)
-    if tokenizer.chat_template is None:
-        return "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages) + "Assistant:\n"
     import jinja2
 
+    messages, options = list(messages), {"tokenize": False, "add_generation_prompt": True}
+    if tokenizer.chat_template is None:
+        return "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages) + "Assistant:\n"
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, **options)
     except jinja2.TemplateError:
         if messages[0]["role"] != "system" or len(messages) < 2:
             raise
-        folded = {"role": messages[1]["role"], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-        return tokenizer.apply_chat_template([folded] + messages[2:], tokenize=False, add_generation_prompt=True)
+        folded = messages[1] | {"content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        return tokenizer.apply_chat_template([folded] + messages[2:], **options)
 
 
 def encode_prompt(tokenizer, messages: Iterable[Message]) -> list[int]:
@@ -413,13 +412,8 @@ def end_ids(tokenizer, also: Iterable[int] = ()) -> tuple[int, ...]:
 # vocabularies: token id <-> bytes
 
 
-def _gpt2_bytes() -> dict[str, int]:
-    """The printable character that GPT-2's byte-level alphabet uses for each byte, reversed."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
+PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's alphabet writes as they are
+GPT2_BYTES = {chr(b): b for b in PLAIN} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PLAIN}))}
 HEX_BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 
 
@@ -443,7 +437,7 @@ def token_bytes(tokenizer) -> list[bytes | None]:
         raise ValueError(f"{tokenizer.name_or_path}: BPE with end-of-word suffixes does not say where spaces are")
     model, special = spec["model"], {token["id"]: token["special"] for token in spec["added_tokens"]}
     parts = json.dumps([spec[k] for k in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
-    byte_level, metaspace, alphabet = "ByteLevel" in parts, "\u2581" in parts, _gpt2_bytes()
+    byte_level, metaspace = "ByteLevel" in parts, "\u2581" in parts
     words = model["type"] == "WordPiece" or model["type"] == "WordLevel" and not metaspace
     inside = model.get("continuing_subword_prefix") or "\0"  # a piece that does not begin a word
     vocab = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
@@ -452,8 +446,8 @@ def token_bytes(tokenizer) -> list[bytes | None]:
         if special.get(i) or piece == model.get("unk_token") or i == model.get("unk_id"):
             continue
         literal = i in special  # an added token is text as it stands
-        if byte_level and not literal and all(c in alphabet for c in piece):
-            out[i] = bytes(alphabet[c] for c in piece)
+        if byte_level and not literal and all(c in GPT2_BYTES for c in piece):
+            out[i] = bytes(GPT2_BYTES[c] for c in piece)
         elif not byte_level and (match := HEX_BYTE.match(piece)):
             out[i] = bytes([int(match[1], 16)])
         elif words and not literal:
@@ -512,16 +506,15 @@ class Vocabulary:
             encoded = self.tokenizer(chars, return_offsets_mapping=True, **options)
             width = np.cumsum([0] + [len(c.encode()) for c in chars])
             return encoded["input_ids"], width[[end for _, end in encoded["offset_mapping"]]]
-        ids: list[int] = []
-        for part, valid in _utf8_parts(text):
-            if valid:
-                tries = (self._encode_after(guard, part.decode()) for guard in self.guards)
-                ids += next((found for found in tries if found is not None), [])
-            elif all(b in self.single for b in part):
-                ids += [self.single[b] for b in part]
-            else:
-                break
-        ids = ids[: next((i for i, t in enumerate(ids) if not self.bytes[t]), len(ids))]  # unknown
+        ids: list[int | None] = []
+        parts = re.split("([\udc80-\udcff]+)", text.decode(errors="surrogateescape"))
+        for i, part in enumerate(parts):
+            if i % 2:  # what is not UTF-8
+                ids += [self.single.get(ord(c) - 0xDC00) for c in part]
+            elif part:
+                tries = (self._encode_after(guard, part) for guard in self.guards)
+                ids += next((found for found in tries if found is not None), [None])
+        ids = ids[: next((i for i, t in enumerate(ids) if t is None or not self.bytes[t]), len(ids))]  # unknown
         ends = np.cumsum(self.lengths[ids]) if ids else np.zeros(0, dtype=np.int64)
         written = self.join(ids)
         same = next((i for i, (a, b) in enumerate(zip(written, text)) if a != b), min(len(written), len(text)))
@@ -533,13 +526,9 @@ class Vocabulary:
         return {b for b in self.bytes if b}
 
     @cached_property
-    def _sorted(self) -> list[tuple[bytes, int]]:
-        return sorted((b, i) for i, b in enumerate(self.bytes) if b)
-
-    @cached_property
     def order(self) -> np.ndarray:
         """(K,) ids sorted by their bytes, the end ids last."""
-        return np.array([i for _, i in self._sorted] + list(self.ends))
+        return np.array(sorted((i for i, b in enumerate(self.bytes) if b), key=self.bytes.__getitem__) + [*self.ends])
 
     @cached_property
     def rank(self) -> np.ndarray:
@@ -551,12 +540,12 @@ class Vocabulary:
     @cached_property
     def edge(self) -> np.ndarray:
         """(258,) where in `order` the tokens that start with byte 0, 1, .. begin, then the ends, then its length."""
-        first = [b[0] for b, _ in self._sorted]
+        first = [self.bytes[i][0] for i in self.order[: -len(self.ends)]]
         return np.append(np.searchsorted(first, np.arange(257)), len(self.order))
 
     @cached_property
     def tree(self) -> "PrefixTree":
-        return PrefixTree([b for b, _ in self._sorted])
+        return PrefixTree([self.bytes[i] for i in self.order[: -len(self.ends)]])
 
 
 def load_vocabulary(name: str, revision: str | None = None) -> Vocabulary:
@@ -574,20 +563,6 @@ def load_vocabulary(name: str, revision: str | None = None) -> Vocabulary:
         ends = config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
     return Vocabulary(tokenizer, end_ids(tokenizer, ends), config.get_text_config().vocab_size)
-
-
-def _utf8_parts(data: bytes) -> Iterator[tuple[bytes, bool]]:
-    """Maximal valid UTF-8 parts (True) and the invalid bytes between them (False)."""
-    while data:
-        try:
-            data.decode()
-            yield data, True
-            return
-        except UnicodeDecodeError as e:
-            if e.start:
-                yield data[: e.start], True
-            yield data[e.start : e.end], False
-            data = data[e.end :]
 
 
 class PrefixTree:
@@ -867,48 +842,41 @@ class Batch:
         return Batch(**{k: move(v) for k, v in vars(self).items()})
 
 
-def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """(ids, mask) of unequal rows."""
-    stack = lambda rows: pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
-    return stack(rows), stack([[1] * len(row) for row in rows])
-
-
-def _predicting_rows(prompts: list[int], counts: list[int], width: int) -> Tensor:
-    """Flat positions that predict the first counts[i] tokens after prompts[i] tokens, row after row."""
-    return torch.cat([i * width + torch.arange(p - 1, p - 1 + c) for i, (p, c) in enumerate(zip(prompts, counts))])
+def _side(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids, mask, flat positions that predict the completions, their tokens) of one model."""
+    long = lambda x: torch.tensor(x, dtype=torch.long)
+    both = [p + c for p, c in zip(prompts, completions)]
+    ids = pad_sequence([long(row) for row in both], batch_first=True)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in both], batch_first=True)
+    starts = [i * ids.size(1) + len(p) - 1 for i, p in enumerate(prompts)]
+    rows = [start + t for start, c in zip(starts, completions) for t in range(len(c))]
+    return ids, mask, long(rows), long([t for c in completions for t in c])
 
 
 def collate(samples: list[Sample], with_teacher: bool = True) -> Batch:
     """Tensors of a micro-batch. With a teacher, samples without an alignment share the student's completion ids."""
-    prompts, counts = [len(s.prompt_ids) for s in samples], [len(s.completion_ids) for s in samples]
-    student_ids, student_mask = _pad([s.prompt_ids + s.completion_ids for s in samples])
-    starts = np.cumsum([0] + counts[:-1])
+    aligned, completions = [s.alignment for s in samples], [s.completion_ids for s in samples]
+    counts = np.array([len(c) for c in completions])
     batch = Batch(
-        student_ids=student_ids,
-        student_mask=student_mask,
-        student_rows=_predicting_rows(prompts, counts, student_ids.size(1)),
-        student_targets=torch.tensor([t for s in samples for t in s.completion_ids], dtype=torch.long),
-        student_sample=torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts)),
-        scored=torch.cat([a + torch.arange(s.num_tokens) for a, s in zip(starts, samples)]),
+        *_side([s.prompt_ids for s in samples], completions),
+        student_sample=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
+        scored=torch.cat([n + torch.arange(s.num_tokens) for n, s in zip(counts.cumsum() - counts, samples)]),
         on_policy=torch.tensor([s.on_policy for s in samples]),
         sampler_logprobs=torch.tensor([x for s in samples for x in s.logprobs or [math.nan] * len(s.completion_ids)]),
     )
     if not with_teacher:
         return batch
-    aligned = [s.alignment for s in samples]
-    completions = [s.completion_ids if a is None else a.teacher_ids for s, a in zip(samples, aligned)]
-    batch.teacher_ids, batch.teacher_mask = _pad([s.teacher_prompt_ids + c for s, c in zip(samples, completions)])
-    teacher_prompts = [len(s.teacher_prompt_ids) for s in samples]
-    batch.teacher_rows = _predicting_rows(teacher_prompts, [len(c) for c in completions], batch.teacher_ids.size(1))
-    batch.teacher_targets = torch.tensor([t for c in completions for t in c], dtype=torch.long)
+    if aligned[0] is not None:
+        completions = [a.teacher_ids for a in aligned]
+    teacher = _side([s.teacher_prompt_ids for s in samples], completions)
+    batch.teacher_ids, batch.teacher_mask, batch.teacher_rows, batch.teacher_targets = teacher
     if aligned[0] is None:
         return batch
-    first = np.cumsum([0] + [a.num_spans for a in aligned])
-    batch.student_span, batch.teacher_span = (
-        torch.tensor(np.concatenate([np.where(x >= 0, x + f, -1) for x, f in zip(part, first)]), dtype=torch.long)
-        for part in ([a.student_span for a in aligned], [a.teacher_span for a in aligned])
-    )
-    batch.span_sample = torch.tensor(np.repeat(np.arange(len(samples)), [a.num_spans for a in aligned]))
+    spans_before = np.cumsum([0] + [a.num_spans for a in aligned])
+    shifted = lambda parts: [np.where(part >= 0, part + n, -1) for part, n in zip(parts, spans_before)]
+    batch.student_span = torch.from_numpy(np.concatenate(shifted([a.student_span for a in aligned])))
+    batch.teacher_span = torch.from_numpy(np.concatenate(shifted([a.teacher_span for a in aligned])))
+    batch.span_sample = torch.from_numpy(np.repeat(np.arange(len(samples)), np.diff(spans_before)))
     if aligned[0].prefix is not None:
         _collate_queries(batch, [a.prefix for a in aligned])
     return batch
@@ -927,15 +895,14 @@ def _collate_queries(batch: Batch, parts: list[tuple]) -> None:
             columns["start"].append(np.full(len(q["path"]), rows))
             rows, queries = rows + len(q["path"]), queries + len(q["row"])
             outcomes, totals = outcomes + len(part[2]), totals + part[3]
-        q = {key: torch.tensor(np.concatenate(column), dtype=torch.long) for key, column in columns.items()}
+        q = {key: torch.from_numpy(np.concatenate(column)) for key, column in columns.items()}
         q["slot"] = torch.where(q["slot"] < 0, outcomes - 1 - q["slot"], q["slot"])
         q["slot"][q["path"]] = outcomes + totals
         merged.append(q)
     batch.student_queries, batch.teacher_queries = merged
-    offsets = np.array([part[3] for part in parts])
-    first = offsets.cumsum() - offsets
-    batch.offset = torch.tensor(np.concatenate([part[2] + f for part, f in zip(parts, first)]), dtype=torch.long)
-    batch.offset_sample = torch.tensor(np.repeat(np.arange(len(parts)), offsets))
+    offsets = np.cumsum([0] + [part[3] for part in parts])
+    batch.offset = torch.from_numpy(np.concatenate([part[2] + n for part, n in zip(parts, offsets)]))
+    batch.offset_sample = torch.from_numpy(np.repeat(np.arange(len(parts)), np.diff(offsets)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -947,8 +914,8 @@ def missed_mass(vocabulary: Vocabulary, text: str) -> float:
 
     No model is asked: the law is that words follow each other as often as they occur in `text`, where a word is what
     stands between two spaces that tokens begin with. F(k) inside a word is then the share of the words that begin with
-    the same k bytes, and missed are those that, up to k, have a token boundary that the path has not. Words that the
-    text has once have no alternative: the figure grows with the text, and is a lower bound for a model's.
+    the same k bytes, and missed are those that, up to k, have a token boundary that the path has not. A word that
+    the text has once has no alternative, so the figure grows with the text and is optimistic.
     """
     data = text.encode()
     ends = [0, *vocabulary.encode(data)[1].tolist()]
@@ -993,27 +960,23 @@ REPORT = {
 def coverage(student: Vocabulary, teacher: Vocabulary, texts: list[str]) -> dict[str, float]:
     """How two tokenizers meet on some texts: the keys of REPORT, from "tokens_per_byte" on after the model's role."""
     *maps, num_bins = shared_bins(student, teacher)
-    shared, total, used = student.tokens & teacher.tokens, Counter(), set()
-    report = {"coverage": 0.0, "one_to_one": 0.0, "largest_span": 0, "shared_entries": len(shared), "bins_used": 0}
+    shared, nothing, total, used, largest = student.tokens & teacher.tokens, num_bins - 1, Counter(), set(), 0
     for text in texts:
         student_ids, _ = student.encode(text.encode())
         a = align(student, teacher, student_ids, finished=False, prefix=False)
-        widths = [np.bincount(span, minlength=a.num_spans) for span in (a.student_span, a.teacher_span)]
-        report["largest_span"] = max(report["largest_span"], *widths[0].tolist(), *widths[1].tolist())
-        total["one_to_one"] += int(((widths[0] == 1) & (widths[1] == 1)).sum())
-        total["spans"] += a.num_spans
-        total["bytes"] += len(text.encode())
-        total["covered"] += a.scored_bytes
-        for role, v, bins, ids in zip(
-            ("student", "teacher"), (student, teacher), maps, (student_ids[: a.student_scored], a.teacher_ids)
-        ):
+        widths = np.stack([np.bincount(span, minlength=a.num_spans) for span in (a.student_span, a.teacher_span)])
+        largest = max(largest, int(widths.max(initial=0)))
+        total += Counter(spans=a.num_spans, one_to_one=int((widths == 1).all(0).sum()))
+        total += Counter(bytes=len(text.encode()), covered=a.scored_bytes)
+        sides = ("student", student, student_ids[: a.student_scored]), ("teacher", teacher, a.teacher_ids)
+        for (role, v, ids), bins in zip(sides, maps):
             total[role] += len(ids)
             total[role, "shared"] += sum(v.bytes[i] in shared for i in ids)
-            total[role, "unmatched"] += int((bins[ids] == num_bins - 1).sum())
-            used |= set(bins[ids].tolist()) - {num_bins - 1}
+            total[role, "unmatched"] += int((bins[ids] == nothing).sum())
+            used |= set(bins[ids].tolist()) - {nothing}
     share = lambda part, whole: total[part] / max(total[whole], 1)
-    report |= {"coverage": share("covered", "bytes"), "one_to_one": share("one_to_one", "spans")}
-    report["bins_used"] = len(used)
+    report = {"coverage": share("covered", "bytes"), "one_to_one": share("one_to_one", "spans")}
+    report |= {"largest_span": largest, "shared_entries": len(shared), "bins_used": len(used)}
     for role, v in (("student", student), ("teacher", teacher)):
         report[f"{role}_tokens_per_byte"] = share(role, "bytes")
         report[f"{role}_tokens_shared"] = share((role, "shared"), role)

@@ -9,11 +9,11 @@ vocab.bpe, or the .js file of llama-tokenizer-js or llama3-tokenizer-js.
 
 Missed mass is the share of F(k) = P(text starts with x_1..x_k) that the covering sums of gold_data.prefix_queries leave
 out because a text that starts so has a token boundary that the path has not. It needs a law of text:
-  words   gold_data.missed_mass: every word as often as it stands in the text. What begins a word mostly ends as a
-          frequent word, and a rare word has no alternative: a lower bound.
+  words   gold_data.missed_mass: every word as often as it stands in the text. A rare word has hardly an
+          alternative, so this is optimistic and grows with the text.
   chars   an order-4 character model of the text goes on from x_1..x_k to the end of the word, 8 times at each of 2,000
-          random offsets (+- its standard error). It invents words and tokenizers cut these where they cut no real one:
-          an upper bound.
+          random offsets (+- its standard error). It invents words, and tokenizers cut these where they cut no real one:
+          pessimistic.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def fetch(cache: Path) -> dict[str, Path]:
 # ---- formats
 
 
-ALPHABET = {b: c for c, b in gold_data._gpt2_bytes().items()}
+ALPHABET = {b: c for c, b in gold_data.GPT2_BYTES.items()}
 
 
 def letters(data: bytes) -> str:
@@ -268,13 +268,14 @@ def main() -> None:
         )
 
     print("\n| student | teacher | bytes in spans | one to one | largest span | shared entries | bins used | ", end="")
-    print("student / teacher tokens shared |\n|---|---|---|---|---|---|---|---|")
+    print("student / teacher tokens shared | outside all bins |\n" + "|---" * 9 + "|")
     names = list(vocabularies)
     for i, student in enumerate(names):
         for teacher in names[i + 1 :]:
             c = gold_data.coverage(vocabularies[student], vocabularies[teacher], list(kinds.values()))
             cells = [f"{c['coverage']:.2%}", f"{c['one_to_one']:.1%}", c["largest_span"], f"{c['shared_entries']:,}"]
             cells += [f"{c['bins_used']:,}", f"{c['student_tokens_shared']:.1%} / {c['teacher_tokens_shared']:.1%}"]
+            cells += [f"{c['student_unmatched']:.2%} / {c['teacher_unmatched']:.2%}"]
             print(f"| {student} | {teacher} | " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

@@ -605,6 +605,7 @@ def test_the_report_counts_tokens_outside_all_bins():
     student, teacher = Strings([b"a", b"b", b"ba", None]), Strings([b"a", b"ba", None])
     report = gold_data.coverage(student, teacher, ["aba"])
     assert report["coverage"] == 1 and report["student_unmatched"] == 0
+    assert gold_data.coverage(student, teacher, [""])["largest_span"] == 0
     student.index = {b"a": 0, b"b": 1}  # now it writes "b" alone, of which the teacher has no prefix
     report = gold_data.coverage(student, teacher, ["aba"])
     assert (report["student_unmatched"], report["teacher_unmatched"]) == (1 / 3, 0)
