@@ -28,6 +28,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -437,11 +438,11 @@ class RowStream:
 class StreamedRows:
     """The same for a data set that is only iterated: rows come in its order, and it starts over when it ends.
 
-    Args: open_rows() -> a new iterator over usable rows.
+    Args: open_rows() -> a new iterator over usable rows, which counts what it leaves out in `dropped`, by reason.
     """
 
-    def __init__(self, open_rows):
-        self.open_rows = open_rows
+    def __init__(self, open_rows, dropped: Counter | None = None):
+        self.open_rows, self.dropped = open_rows, dropped
         self._rows, self._next, self._cache = self._epochs(), 0, {}
 
     def _epochs(self) -> Iterator[tuple[int, int, Row]]:

@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -551,6 +552,13 @@ def environment() -> dict:
 # training
 
 
+TOO_LONG = "prompt longer than max_length - max_completion_length"
+
+
+def in_words(dropped: Counter) -> str:
+    return ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "none"
+
+
 def load_data(cfg: Config, student: gold_data.Vocabulary, say) -> tuple[object, int | None, list[gold_data.Row]]:
     """(rows by position, rows per epoch or None when streaming, held-out rows); says what was dropped, and why.
 
@@ -567,16 +575,23 @@ def load_data(cfg: Config, student: gold_data.Vocabulary, say) -> tuple[object, 
         return prompt + cfg.max_completion_length <= cfg.max_length
 
     if cfg.streaming:
+        dropped = Counter()
 
         def open_rows():
-            for row in gold_data.iter_rows(cfg.dataset, cfg.subset, cfg.split, streaming=True):
-                if row.key not in asked and fits(row) and (row.completion is not None or not needs_answers):
+            for row in gold_data.iter_rows(cfg.dataset, cfg.subset, cfg.split, streaming=True, dropped=dropped):
+                reasons = {
+                    "in an evaluation task": row.key in asked,
+                    "without an answer": needs_answers and row.completion is None,
+                    TOO_LONG: not fits(row),
+                }
+                dropped.update(reason for reason, holds in reasons.items() if holds)
+                if not any(reasons.values()):
                     yield row
 
         if cfg.max_steps is None:
             raise ValueError("a streamed data set has no known length: set --max-steps")
-        say(f"data: streaming {cfg.dataset}; rows that are unusable, too long or in an evaluation task are skipped")
-        return gold_buffer.StreamedRows(open_rows), None, []
+        say(f"data: streaming {cfg.dataset}; what is dropped on the way is counted at the end")
+        return gold_buffer.StreamedRows(open_rows, dropped), None, []
     rows, dropped = gold_data.load_rows(cfg.dataset, cfg.subset, cfg.split)
     total = len(rows) + sum(dropped.values())
     rows, held, dropped["same question as a held-out row"] = gold_data.hold_out(rows, cfg.eval_ratio, cfg.seed)
@@ -591,8 +606,8 @@ def load_data(cfg: Config, student: gold_data.Vocabulary, say) -> tuple[object, 
             f"{cfg.lmbda} trains on completions: set --lmbda 1, or --seq-kd to have the teacher write them"
         )
     kept = [row for row in rows if fits(row)]
-    dropped["prompt longer than max_length - max_completion_length"] = len(rows) - len(kept)
-    counts = ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "none"
+    dropped[TOO_LONG] = len(rows) - len(kept)
+    counts = in_words(dropped)
     if not kept:
         raise ValueError(
             f"no row of {cfg.dataset} is left (dropped: {counts}): prompts may have {cfg.max_length} - "
@@ -871,6 +886,8 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
                 save_checkpoint(out / "checkpoints", state, student, vocabulary.tokenizer, cfg.save_total_limit)
 
     buffer.close()
+    if cfg.streaming:
+        say(f"data: dropped while streaming: {in_words(rows.dropped)}")
     if teacher is not None:
         teacher.close()
     if dist.is_initialized():

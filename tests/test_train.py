@@ -273,6 +273,19 @@ def test_num_generations_takes_one_prompt_many_times(models, data, tmp_path):
     assert len({s["prompt"] for s in samples}) == 1 and len({s["completion"] for s in samples}) > 1
 
 
+def test_a_streamed_data_set_trains_and_what_it_drops_is_counted(models, tmp_path, capsys):
+    answer = lambda a: None if a % 4 == 1 else f"It is {a}."
+    path = write_rows(tmp_path / "rows.jsonl", answer, n=20)
+    with open(path, "a") as file:
+        file.write(json.dumps({"prompt": "long " * 80, "completion": "too long"}) + "\n")
+    cfg = config(models, path, tmp_path / "out", "same", streaming=True, max_steps=4, max_completion_length=4)
+    gold_train.train(cfg, ALONE)
+    assert metrics(cfg.output_dir)[-1]["step"] == 4  # 32 rows, twice through the 15 usable ones and a bit
+    line = next(x for x in capsys.readouterr().out.splitlines() if "while streaming" in x)
+    counts = {why: int(n) for n, why in re.findall(r"(\d+) ([a-z][^,]*)", line)}
+    assert counts["without an answer"] >= 10 and counts[gold_train.TOO_LONG] == 2
+
+
 def test_epochs_decide_the_number_of_steps(models, data, tmp_path):
     """40 rows, 8 completions a window: 5 windows an epoch whatever lmbda is, for one generation per prompt."""
     cfg = config(models, data, tmp_path / "out", "same", max_steps=None, num_train_epochs=1.5, max_completion_length=4)
