@@ -238,7 +238,8 @@ class VLLMSampler:
         with keep_rng():
             self.llm = LLM(
                 model=model, revision=revision, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-                tensor_parallel_size=tensor_parallel, enforce_eager=enforce_eager, enable_sleep_mode=self.use_sleep,
+                tensor_parallel_size=tensor_parallel, enable_sleep_mode=self.use_sleep,
+                enforce_eager=enforce_eager or not torch.cuda.is_available(),  # compiling for a CPU takes too long
                 max_num_batched_tokens=max(4096, max_model_len),  # larger ones mislead the memory profiler
                 load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", **extra,
             )  # fmt: skip

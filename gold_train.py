@@ -1238,7 +1238,10 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
         check(replace(stages["gold"], output_dir=str(out / "nothing-yet"), resume=False), ranks)
     failed = False
     for name, stage in stages.items():
-        started = (out / name / "checkpoints" / "latest").exists()  # a finished stage has nothing left to do
+        checkpoints = out / name / "checkpoints"
+        if name in ("teacher", "student") and (checkpoints / f"step-{stage.max_steps:06d}").exists():
+            continue  # kept from an earlier run, on however many ranks
+        started = (checkpoints / "latest").exists()
         failed |= train(replace(stage, output_dir=str(out / name), resume=started), ranks, last=name == "gold")
     if ranks.rank == 0:
         print(run_report(out / "gold", {"answers alone": out / "control"} if cfg.control else {}))
