@@ -82,7 +82,8 @@ def start(cfg: Config, ranks: int = 1) -> subprocess.Popen:
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    # as many threads as this process has: sums in another order would not be bitwise equal
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "OMP_WAIT_POLICY": "passive"}
     return subprocess.Popen(
         [*launcher, str(ROOT / "gold_train.py"), *command(cfg)], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
