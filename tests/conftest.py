@@ -127,40 +127,22 @@ def wordpiece(size: int = 900) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="[SEP]", unk_token="[UNK]")
 
 
-def tiny_llama(vocab: int, hidden: int = 32, layers: int = 2, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
+def tiny_model(config_class, model_class, vocab: int, hidden: int, layers: int, tied: bool, seed: int):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    config = config_class(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
+        tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return model_class(config).eval()
+
+
+def tiny_llama(vocab: int, hidden: int = 32, layers: int = 2, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
+    return tiny_model(LlamaConfig, LlamaForCausalLM, vocab, hidden, layers, tied, seed)
 
 
 def tiny_qwen(vocab: int, hidden: int = 32, layers: int = 2, tied: bool = True, seed: int = 0) -> Qwen2ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    return tiny_model(Qwen2Config, Qwen2ForCausalLM, vocab, hidden, layers, tied, seed)
 
 
 @pytest.fixture
