@@ -522,6 +522,9 @@ def append_json(path: Path, value: dict) -> None:
         file.write(json.dumps(value) + "\n")
 
 
+RECORDS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
+
+
 def forget_after(path: Path, step: int) -> None:
     """Drop lines that a killed run wrote after the checkpoint it resumes from, and a torn last line."""
     kept = [row for row in gold_eval.read_jsonl(path) if row["step"] is None or row["step"] <= step]
@@ -645,15 +648,20 @@ def say_example(rows, student: gold_data.Vocabulary, teacher: gold_data.Vocabula
         gold_data.print_coverage(gold_data.coverage(student, teacher, texts), *names)
 
 
-def heldout_loss(cfg: Config, parts: Parts, held: list[gold_data.Row], encoder, ranks: Ranks) -> float:
-    """Mean loss per token on the held-out answers (at most eval_max_samples), all ranks together; no teacher: CE."""
-    stats, size = Stats(), cfg.per_device_train_batch_size
-    model = parts.model.module if dist.is_initialized() else parts.model  # DDP's forward is a collective
+def heldout_samples(cfg: Config, held: list[gold_data.Row], encoder, ranks: Ranks) -> list[gold_data.Sample]:
+    """This rank's part of the held-out answers, at most eval_max_samples over all ranks."""
     samples = []
     for row in held[: cfg.eval_max_samples][ranks.rank :: ranks.world_size]:
         prompt, teacher_prompt = encoder.prompts(row)
         ids, finished = encoder.completion(row.completion)
         samples.append(encoder.align(gold_data.Sample(prompt, ids, finished, False, teacher_prompt)))
+    return samples
+
+
+def heldout_loss(cfg: Config, parts: Parts, samples: list[gold_data.Sample], ranks: Ranks) -> float:
+    """Mean loss per token of these samples and those of the other ranks; without a teacher, cross entropy."""
+    stats, size = Stats(), cfg.per_device_train_batch_size
+    model = parts.model.module if dist.is_initialized() else parts.model  # DDP's forward is a collective
     stats.add("loss", 0.0)
     stats.add("tokens", float(sum(s.num_tokens if parts.teacher else len(s.completion_ids) for s in samples)))
     with torch.no_grad():
@@ -762,7 +770,7 @@ def restore(run: dict, ranks: Ranks, optimizer, buffer: gold_buffer.WindowBuffer
     optimizer.load_state_dict(saved["optimizer"])
     buffer.load_state(saved["windows"][ranks.rank])
     if ranks.rank == 0:
-        for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
+        for name in RECORDS:
             forget_after(out / name, saved["step"])
     return saved["step"], saved["num_tokens"]
 
@@ -788,7 +796,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         rows, rows_per_epoch, held = load_data(cfg, vocabulary, say)
         if master:
             if not cfg.resume:  # what a run has left that was killed before its first checkpoint
-                for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
+                for name in RECORDS:
                     (out / name).unlink(missing_ok=True)
                 shutil.rmtree(out / "seq_kd", ignore_errors=True)
             say_example(rows, vocabulary, teacher_vocabulary, pairing, say)
@@ -808,6 +816,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         encoder = gold_buffer.Encoder(
             vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, cross and pairing.loss == "prefix"
         )
+        held_samples = heldout_samples(cfg, held, encoder, ranks)
         answers = None
         if cfg.seq_kd:
             how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
@@ -866,7 +875,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         finished = step == max_steps or stop_early(cfg, records, device)
         due = finished or every(cfg.eval_steps, step)
         if held and due:
-            row["eval/heldout_loss"] = heldout_loss(cfg, parts, held, encoder, ranks)
+            row["eval/heldout_loss"] = heldout_loss(cfg, parts, held_samples, ranks)
         if master:
             records.log(row)
             if every(cfg.sample_steps, step) or step == 1 and cfg.sample_steps:
@@ -1147,7 +1156,7 @@ def start_wandb(cfg: Config):
 def make_model(folder: Path, texts: list[str], bytes_level: bool, hidden: int, layers: int, seed: int) -> None:
     """A random Llama of a few hundred thousand parameters and a tokenizer trained on `texts`, saved in `folder`.
 
-    bytes_level: GPT-2's kind of tokenizer, numbers are whole tokens; otherwise SentencePiece's kind, digit by digit.
+    bytes_level: GPT-2's kind of tokenizer; otherwise SentencePiece's kind, with byte fallback.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -1208,18 +1217,6 @@ EMBEDDED = Config(
 def embedded(cfg: Config, ranks: Ranks) -> bool:
     """Teacher from scratch by this same loop, a weaker student, GOLD between them, and a table of all of them."""
     out = Path(cfg.output_dir)
-    with one_clear_line():
-        if cfg.teacher_model or cfg.teacher_url:
-            raise ValueError("a teacher without --student-model: name both, or neither for the embedded job")
-        if (out / "gold" / "checkpoints" / "latest").exists() and not cfg.resume:
-            raise ValueError(f"{out} holds a run already: --resume it, or choose another --output-dir")
-    if ranks.rank == 0 and not (out / "student-init" / "model.safetensors").exists():
-        rows = gold_data.make_countdown(2000, mini=True)
-        texts = [f"{row['prompt'][0]['content']}\n{row['completion']}" for row in rows]
-        make_model(out / "teacher-init", texts, True, hidden=96, layers=4, seed=cfg.seed)
-        make_model(out / "student-init", texts, False, hidden=96, layers=3, seed=cfg.seed + 1)
-    if dist.is_initialized():
-        dist.barrier()
     cfg = replace(cfg, per_device_train_batch_size=max(1, cfg.per_device_train_batch_size // ranks.world_size))
     alone = replace(cfg, lmbda=0.0, ce_weight=1.0, seq_kd=False, lag=0, sampler_device=None)
     school = replace(alone, eval_tasks=(), eval_steps=0, save_best=None, early_stop=0)
@@ -1235,7 +1232,17 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
     if not cfg.control:
         del stages["control"]
     with one_clear_line():  # before the minutes that the other stages take
-        check(replace(stages["gold"], output_dir=str(out / "nothing-yet"), resume=False), ranks)
+        if cfg.teacher_model or cfg.teacher_url:
+            raise ValueError("a teacher without --student-model: name both, or neither for the embedded job")
+        begun = (out / "gold" / "checkpoints" / "latest").exists()
+        check(replace(stages["gold"], output_dir=str(out / "gold"), resume=cfg.resume and begun), ranks)
+    if ranks.rank == 0 and not (out / "student-init" / "model.safetensors").exists():
+        rows = gold_data.make_countdown(2000, mini=True)
+        texts = [f"{row['prompt'][0]['content']}\n{row['completion']}" for row in rows]
+        make_model(out / "teacher-init", texts, True, hidden=96, layers=4, seed=cfg.seed)
+        make_model(out / "student-init", texts, False, hidden=96, layers=3, seed=cfg.seed + 1)
+    if dist.is_initialized():
+        dist.barrier()
     failed = False
     for name, stage in stages.items():
         checkpoints = out / name / "checkpoints"
