@@ -57,6 +57,9 @@ class Config:
     teacher_revision: str | None = None  # Hub revision of the teacher
     teacher_device: str | None = None  # like cuda:7, shared by the ranks of a node; none: a copy beside each student
     teacher_url: str | None = None  # vLLM server that scores, like http://host:8000; none: the teacher is loaded here
+    teacher_key: str | None = (
+        None  # environment variable with the key that teacher_url asks for; none: it asks for none
+    )
     teacher_top_k: int = 32  # tokens per position that a served teacher tells
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of forward passes; auto: bf16 on GPU. Weights are always fp32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
@@ -205,6 +208,11 @@ def check(cfg: Config, ranks: Ranks) -> None:
     if cfg.teacher_url is not None:
         need(cfg.loss_temperature == 1, "a teacher_url tells log probabilities at temperature 1: --loss-temperature 1")
         need(cfg.teacher_device is None, "--teacher-url and --teacher-device exclude each other")
+        gold_buffer.served_url(cfg.teacher_url)
+    if cfg.teacher_key is not None:
+        key = os.environ.get(cfg.teacher_key, "").strip()
+        there = key.isascii() and key.isprintable() and key and cfg.teacher_url is not None
+        need(there, "teacher_key is the name of an environment variable that holds a key, and needs --teacher-url")
     if cfg.lmbda == 1:
         need(cfg.ce_weight == 0, "ce_weight is for data set completions, and lmbda 1 uses none: --ce-weight 0")
         need(not cfg.seq_kd, "seq_kd writes the off-policy completions, and lmbda 1 has none: lower --lmbda")
@@ -220,6 +228,11 @@ def check(cfg: Config, ranks: Ranks) -> None:
         )
     group = cfg.vllm_tensor_parallel_size
     need(ranks.world_size % group == 0, f"{ranks.world_size} ranks do not divide by vllm_tensor_parallel_size {group}")
+    need(cfg.lag == 0 or group == 1, "lag beside tensor parallelism would run two NCCL communicators at once: --lag 0")
+    if cfg.teacher_device is not None and ranks.local_world_size > 1:
+        index = torch.device(cfg.teacher_device).index or 0
+        free = cfg.teacher_device.startswith("cpu") or index >= ranks.local_world_size
+        need(free, f"teacher_device {cfg.teacher_device} is also rank {index}'s: start fewer ranks, or name another")
     need(cfg.sampler_device is None or cfg.lag > 0, "sampler_device needs --lag 1: without lag the student samples")
     for name in ("teacher_device", "sampler_device"):
         need(values[name] is None or is_device(values[name]), f"{name}: there is no device {values[name]!r} here")
@@ -285,8 +298,8 @@ class Student(torch.nn.Module):
         self.model, self.backbone = model, backbone  # the head's weight is a parameter of `model`
         self.dtype = dtype  # norms with fp32 weights return fp32 under autocast; the head's products are large
 
-    def forward(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    def forward(self, ids: Tensor, rows: Tensor) -> Tensor:
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1)[rows].to(self.dtype)
 
 
@@ -376,7 +389,7 @@ def distill(
         if pairing.loss == "alm":
             return gold_loss.alm_loss(student, own, batch.teacher_span), batch.span_sample
         return gold_loss.fused_topk_jsd(student, ids, top, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
-    hidden = teacher.hidden(batch.teacher_ids, batch.teacher_mask, batch.teacher_rows).to(student.hidden.device)
+    hidden = teacher.hidden(batch.teacher_ids, batch.teacher_rows).to(student.hidden.device)
     if hidden.is_cuda:
         torch.cuda.synchronize()  # or its time would be counted where the next value is read
     stats.add("timing/teacher", time.perf_counter() - start)
@@ -416,7 +429,7 @@ def micro_batch_loss(cfg: Config, parts: Parts, batch: gold_data.Batch, counts, 
     and ranks makes both invisible; DDP's mean over ranks is multiplied away by the caller.
     """
     with parts.autocast:
-        hidden = parts.model(batch.student_ids, batch.student_mask, batch.student_rows)
+        hidden = parts.model(batch.student_ids, batch.student_rows)
     total = hidden.sum() * 0.0  # every parameter takes part in the all-reduce, whatever is scored here
     if parts.teacher is not None:
         side = scored_side(cfg, hidden, parts.head, batch)
@@ -668,7 +681,7 @@ def heldout_loss(cfg: Config, parts: Parts, samples: list[gold_data.Sample], ran
         for i in range(0, len(samples), size):
             batch = gold_data.collate(samples[i : i + size], with_teacher=parts.teacher is not None).to(ranks.device)
             with parts.autocast:
-                hidden = model(batch.student_ids, batch.student_mask, batch.student_rows)
+                hidden = model(batch.student_ids, batch.student_rows)
             if parts.teacher is None:
                 loss = gold_loss.fused_cross_entropy(gold_loss.Side(hidden, parts.head, batch.student_targets))
             else:
@@ -693,9 +706,6 @@ def open_student(cfg: Config, ranks: Ranks):
     if cfg.resume:
         source, revision = str(Path(cfg.output_dir) / "checkpoints" / "latest"), None
     student = gold_buffer.load_model(source, revision, torch.float32, ranks.device)
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # the teacher is matched as it is, and a resumed run needs no generator state
     student.train()
     backbone, head = gold_buffer.split_head(student)
     if cfg.gradient_checkpointing:
@@ -712,8 +722,9 @@ def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, sa
     if cfg.teacher_model is None:
         return None, None
     if cfg.teacher_url is not None:
-        teacher = gold_buffer.ServedTeacher(cfg.teacher_url, cfg.teacher_model, vocabulary, cfg.teacher_top_k)
-        say(f"teacher: {cfg.teacher_url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
+        key = os.environ[cfg.teacher_key].strip() if cfg.teacher_key else None
+        teacher = gold_buffer.ServedTeacher(cfg.teacher_url, cfg.teacher_model, vocabulary, cfg.teacher_top_k, key)
+        say(f"teacher: {teacher.url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
         return teacher, None
     where, dtype = cfg.teacher_device or str(ranks.device), compute_dtype(cfg, ranks.device)
     load = functools.partial(gold_buffer.load_model, cfg.teacher_model, cfg.teacher_revision, dtype, where)
@@ -792,7 +803,10 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         teacher_vocabulary = (
             gold_data.load_vocabulary(cfg.teacher_model, cfg.teacher_revision) if cfg.teacher_model else None
         )
+        gold_buffer.check_positions(cfg.student_model, cfg.student_revision, cfg.max_length)
         pairing = pair(cfg, vocabulary, teacher_vocabulary, device) if teacher_vocabulary else None
+        if pairing and pairing.loss == "jsd" and not cfg.teacher_url:  # other tokenizers need more or fewer tokens
+            gold_buffer.check_positions(cfg.teacher_model, cfg.teacher_revision, cfg.max_length)
         rows, rows_per_epoch, held = load_data(cfg, vocabulary, say)
         if master:
             if not cfg.resume:  # what a run has left that was killed before its first checkpoint
