@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -57,9 +58,7 @@ class Config:
     teacher_revision: str | None = None  # Hub revision of the teacher
     teacher_device: str | None = None  # like cuda:7, shared by the ranks of a node; none: a copy beside each student
     teacher_url: str | None = None  # vLLM server that scores, like http://host:8000; none: the teacher is loaded here
-    teacher_key: str | None = (
-        None  # environment variable with the key that teacher_url asks for; none: it asks for none
-    )
+    teacher_key: str | None = None  # environment variable that holds the key of teacher_url; none: it has no key
     teacher_top_k: int = 32  # tokens per position that a served teacher tells
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of forward passes; auto: bf16 on GPU. Weights are always fp32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
@@ -144,8 +143,13 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
-def setup_ranks() -> Ranks:
-    """The process group of torchrun, if there is one, and this rank's device."""
+def longest_wait(cfg: Config) -> float:
+    """Seconds that one rank may take for what the others wait for: our own deadlines come first."""
+    return max(cfg.vllm_deadline, cfg.eval_timeout * (cfg.eval_policy == "wait"), 1800.0) + 600.0
+
+
+def setup_ranks(wait: float = 3600.0) -> Ranks:
+    """The process group of torchrun, if there is one, which waits so many seconds, and this rank's device."""
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -153,8 +157,8 @@ def setup_ranks() -> Ranks:
         if local_rank >= torch.cuda.device_count():
             raise SystemExit(f"gold_train.py: rank {local_rank} of this node has no GPU: lower --nproc-per-node")
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ:  # our own deadlines, of engines and evaluations, come first
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=wait))
     rank, local_world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Ranks(rank, local_rank, world_size, local_world_size, device)
 
@@ -700,12 +704,24 @@ def one_clear_line():
         raise SystemExit(f"gold_train.py: {e}") from e
 
 
+def in_turn(ranks: Ranks, load: Callable):
+    """load() on one rank of each node after the other: a model is in the host's memory once on its way to a GPU."""
+    model = None
+    for local_rank in range(ranks.local_world_size):
+        if local_rank == ranks.local_rank:
+            model = load()
+        if dist.is_initialized() and ranks.device.type == "cuda":
+            dist.barrier()
+    return model
+
+
 def open_student(cfg: Config, ranks: Ranks):
     """(causal LM with fp32 weights, its head, what DDP wraps it into)"""
     source, revision = cfg.student_model, cfg.student_revision
     if cfg.resume:
         source, revision = str(Path(cfg.output_dir) / "checkpoints" / "latest"), None
-    student = gold_buffer.load_model(source, revision, torch.float32, ranks.device)
+    load = functools.partial(gold_buffer.load_model, source, revision, torch.float32, ranks.device)
+    student = in_turn(ranks, load)
     student.train()
     backbone, head = gold_buffer.split_head(student)
     if cfg.gradient_checkpointing:
@@ -713,7 +729,9 @@ def open_student(cfg: Config, ranks: Ranks):
     dtype = compute_dtype(cfg, ranks.device)
     model = Student(student, torch.compile(backbone) if cfg.compile else backbone, dtype)
     if dist.is_initialized():
-        model = DistributedDataParallel(model, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None)
+        # gradients live in the buckets and stay there, see zero_grad; there are no buffers that training changes
+        devices = [ranks.local_rank] if ranks.device.type == "cuda" else None
+        model = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     return student, gold_loss.Head(**head), model
 
 
@@ -731,7 +749,7 @@ def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, sa
     if cfg.teacher_device is not None and ranks.local_world_size > 1:
         teacher = gold_buffer.SharedTeacher(load, ranks.local_rank, ranks.local_world_size)
     else:
-        teacher = gold_buffer.LocalTeacher(load())
+        teacher = gold_buffer.LocalTeacher(in_turn(ranks, load))
     parts = {k: v.to(ranks.device) if isinstance(v, Tensor) else v for k, v in teacher.head.items()}
     return teacher, gold_loss.Head(**parts)
 
@@ -748,18 +766,26 @@ def open_sampler(cfg: Config, student, ends: tuple[int, ...], device: torch.devi
     dtype = compute_dtype(cfg, device)
     if name == "hf":
         return gold_buffer.HFSampler(student, sampling, cfg.lag > 0, cfg.sampler_device, dtype)
-    return gold_buffer.VLLMSampler(
-        cfg.student_model, sampling, cfg.max_length, str(dtype).removeprefix("torch."), cfg.vllm_memory,
-        cfg.vllm_tensor_parallel_size, cfg.student_revision, deadline=cfg.vllm_deadline,
-        sleep=cfg.vllm_sleep and cfg.lag == 0, enforce_eager=cfg.vllm_enforce_eager,
-    )  # fmt: skip
+    with gold_buffer.engine_stream():
+        sampler = gold_buffer.VLLMSampler(
+            cfg.student_model, sampling, cfg.max_length, str(dtype).removeprefix("torch."), cfg.vllm_memory,
+            cfg.vllm_tensor_parallel_size, cfg.student_revision, deadline=cfg.vllm_deadline,
+            sleep=cfg.vllm_sleep and cfg.lag == 0, enforce_eager=cfg.vllm_enforce_eager,
+        )  # fmt: skip
+    sampler.sleep()  # the first windows may have nothing for it to do
+    return sampler
 
 
 def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
     matrices = [p for p in student.parameters() if p.dim() >= 2]
     vectors = [p for p in student.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+    for p in student.parameters():  # what the first step would make: an engine must find the memory that it leaves
+        if p.requires_grad:
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+    return optimizer
 
 
 SAME_RUN = (
@@ -794,8 +820,8 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
     device, master, out = ranks.device, ranks.rank == 0, Path(cfg.output_dir)
     say = tqdm.write if master else lambda text: None
     torch.manual_seed(cfg.seed)
-    bf16 = compute_dtype(cfg, device) == torch.bfloat16
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    dtype = compute_dtype(cfg, device)
+    autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
     with one_clear_line():  # most mistakes show before any weights are read
         check(cfg, ranks)
@@ -823,6 +849,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             f"{slots * cfg.num_generations * ranks.world_size} completions"
         )
         student, head, model = open_student(cfg, ranks)
+        optimizer, parameters = open_optimizer(cfg, student), sum(p.numel() for p in student.parameters())
         teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
         parts = Parts(model, head, autocast, pairing, teacher, teacher_head)
         sampler = open_sampler(cfg, student, vocabulary.ends, device, say)
@@ -836,9 +863,8 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
             answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
         buffer = gold_buffer.WindowBuffer(
-            schedule, rows, encoder, sampler, student.state_dict, max_steps, cfg.lag, answers
+            schedule, rows, encoder, sampler, student.state_dict, max_steps, cfg.lag, answers, dtype
         )
-        optimizer, parameters = open_optimizer(cfg, student), sum(p.numel() for p in student.parameters())
         run = asdict(cfg) | {"world_size": ranks.world_size, "slots": slots, "rows": rows_per_epoch, "steps": max_steps}
         step, num_tokens = 0, 0
         if cfg.resume:
@@ -876,7 +902,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         if not grad_norm.isfinite():
             raise FloatingPointError(f"gradient norm {grad_norm} at step {step}: the last checkpoint is still good")
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not dist.is_initialized())  # DDP's stay in its buckets
         step += 1
 
         # 6) log
@@ -1277,7 +1303,7 @@ def main() -> None:
     cfg = tyro.cli(Config, description=__doc__)
     if cfg.student_model is None:
         cfg = tyro.cli(Config, default=EMBEDDED, description=__doc__)
-    ranks = setup_ranks()
+    ranks = setup_ranks(longest_wait(cfg))
     run = embedded if cfg.student_model is None else train
     failed = run(cfg, ranks)
     if ranks.rank == 0 and cfg.student_model is not None:

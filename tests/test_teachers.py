@@ -382,7 +382,7 @@ def test_what_is_no_address_is_refused_before_anything_is_loaded_and_secrets_are
 def test_a_key_comes_from_the_environment_and_is_not_repeated(fake, folder, student, tmp_path, monkeypatch, capsys):
     fake.key = "Bearer a-secret"
     for key in (None, "another"):
-        with pytest.raises(ValueError, match="refused: 401.*asks for a key: --teacher-key"):
+        with pytest.raises(ValueError, match="refused: 401.*asks for a key, see --teacher-key"):
             connect(fake, folder, key=key)
     cfg = run_config(folder, tmp_path / "out", teacher_url=fake.url, teacher_top_k=K, max_steps=1, teacher_key="T_KEY")
     for wrong in (None, "", "two\nlines"):
