@@ -934,7 +934,7 @@ def count_tokens(samples: list[gold_data.Sample], scored: bool, device: torch.de
 
 
 def log_row(cfg, step, lr, grad_norm, window, stats, counts, parameters, ranks) -> dict[str, float]:
-    """Everything metrics.jsonl says about one step (README, Metrics)."""
+    """Everything metrics.jsonl says about one step; README explains each."""
     samples, aligned = window.samples, [s.alignment for s in window.samples if s.alignment is not None]
     lengths = torch.tensor([float(len(s.completion_ids)) for s in samples])
     stats.mean("response_seq_len/mean", lengths)
