@@ -1102,7 +1102,7 @@ def count_tokens(samples: list[gold_data.Sample], scored: bool, device: torch.de
 
 
 def log_row(cfg, run, lr, grad_norm, window, stats, counts, ranks) -> dict[str, float]:
-    """Everything metrics.jsonl says about one step; README explains each."""
+    """Everything metrics.jsonl says about one step (README, Metrics)."""
     samples, aligned = window.samples, [s.alignment for s in window.samples if s.alignment is not None]
     step = run.step
     lengths = torch.tensor([float(len(s.completion_ids)) for s in samples])
