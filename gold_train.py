@@ -16,6 +16,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two processes on one CPU: spinning threads cost 40x
 
+import copy
 import functools
 import importlib.util
 import json
@@ -25,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +38,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -224,12 +227,13 @@ def check(cfg: Config, ranks: Ranks) -> None:
     for name in ("teacher_device", "sampler_device"):
         need(values[name] is None or is_device(values[name]), f"{name}: there is no device {values[name]!r} here")
     need(not (cfg.streaming and cfg.eval_ratio), "a streamed data set holds no rows out: --eval-ratio 0")
-    tasks = [task.name for task in gold_eval.parse_tasks(cfg.eval_tasks)]
+    tasks = gold_eval.parse_tasks(cfg.eval_tasks)
     gold_eval.Options(num_samples=cfg.eval_num_samples, temperature=cfg.eval_temperature)
     measured = bool(tasks or cfg.eval_ratio)
     need(measured or cfg.eval_steps == 0, "eval_steps has nothing to evaluate: name --eval-tasks or an --eval-ratio")
-    best = cfg.save_best is None or cfg.save_best.partition("/")[0] in tasks
-    need(best, f"save_best {cfg.save_best} is of none of the eval_tasks {tasks}: write like countdown/accuracy")
+    known = gold_eval.metrics(tasks, cfg.eval_num_samples)
+    best = {None, *known, *(name.rpartition("/")[0] for name in known if name.endswith(gold_eval.MAIN))}
+    need(cfg.save_best in best, f"save_best {cfg.save_best} is not among the numbers of the eval_tasks: {known}")
     need(cfg.early_stop == 0 or cfg.save_best is not None, "early_stop needs save_best: what should get better?")
     need(cfg.eval_gpu in ("auto", "same", "cpu") or cfg.eval_gpu.isdigit(), "eval_gpu is auto, same, cpu or an index")
     eval_device(cfg, ranks)
@@ -485,9 +489,15 @@ class Stats:
 # checkpoints and records
 
 
-def save_model(folder: Path, model, tokenizer) -> None:
+def save_model(folder: Path, model, tokenizer, dtype: torch.dtype = torch.float32) -> None:
+    """A directory that transformers and vLLM load as it is, with weights of this dtype."""
     folder.mkdir(parents=True)
-    model.save_pretrained(folder)
+    weights, copies = model.state_dict(), {}
+    for name, x in weights.items():  # one key for a tied head and its embedding: they stay tied
+        kind = dtype if x.is_floating_point() else x.dtype
+        weights[name] = copies.setdefault((x.data_ptr(), x.shape), x.to("cpu", kind))
+    model.save_pretrained(folder, state_dict=weights)
+    write_json(folder / "config.json", json.loads((folder / "config.json").read_text()) | {"dtype": str(dtype)[6:]})
     tokenizer.save_pretrained(folder)
 
 
@@ -725,22 +735,21 @@ def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, sa
     return teacher, gold_loss.Head(**parts)
 
 
-def open_sampler(cfg: Config, student, ends: tuple[int, ...], device: torch.device, say):
+def open_sampler(cfg: Config, student, device: torch.device, say):
     """Whoever writes the student's answers; None if lmbda is 0."""
     if cfg.lmbda == 0:
         return None
     name, why = gold_buffer.choose_sampler(cfg.sampler)
     say(f"sampler: {name} ({why}), lag {cfg.lag}")
-    sampling = gold_buffer.Sampling(
-        cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, tuple(ends)
-    )
     dtype = compute_dtype(cfg, device)
     if name == "hf":
-        return gold_buffer.HFSampler(student, sampling, cfg.lag > 0, cfg.sampler_device, dtype)
+        if cfg.lag > 0:  # windows are sampled while the original is trained
+            student = copy.deepcopy(student).to(cfg.sampler_device or device, dtype).eval().requires_grad_(False)
+        return gold_buffer.HFSampler(student, own=cfg.lag > 0, dtype=dtype)
     return gold_buffer.VLLMSampler(
-        cfg.student_model, sampling, cfg.max_length, str(dtype).removeprefix("torch."), cfg.vllm_memory,
-        cfg.vllm_tensor_parallel_size, cfg.student_revision, deadline=cfg.vllm_deadline,
-        sleep=cfg.vllm_sleep and cfg.lag == 0, enforce_eager=cfg.vllm_enforce_eager,
+        cfg.student_model, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size,
+        cfg.student_revision, deadline=cfg.vllm_deadline, sleep=cfg.vllm_sleep and cfg.lag == 0,
+        enforce_eager=cfg.vllm_enforce_eager,
     )  # fmt: skip
 
 
@@ -811,7 +820,10 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         student, head, model = open_student(cfg, ranks)
         teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
         parts = Parts(model, head, autocast, pairing, teacher, teacher_head)
-        sampler = open_sampler(cfg, student, vocabulary.ends, device, say)
+        sampler = open_sampler(cfg, student, device, say)
+        sampling = gold_buffer.Sampling(
+            cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, tuple(vocabulary.ends)
+        )
         cross = pairing is not None and pairing.loss != "jsd"
         encoder = gold_buffer.Encoder(
             vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, cross and pairing.loss == "prefix"
@@ -822,7 +834,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
             answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
         buffer = gold_buffer.WindowBuffer(
-            schedule, rows, encoder, sampler, student.state_dict, max_steps, cfg.lag, answers
+            schedule, rows, encoder, sampler, sampling, student.state_dict, max_steps, cfg.lag, answers
         )
         optimizer, parameters = open_optimizer(cfg, student), sum(p.numel() for p in student.parameters())
         run = asdict(cfg) | {"world_size": ranks.world_size, "slots": slots, "rows": rows_per_epoch, "steps": max_steps}
@@ -830,7 +842,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         if cfg.resume:
             step, num_tokens = restore(run, ranks, optimizer, buffer)
             say(f"resumed after step {step}")
-        records = Records(cfg, ranks, max_steps, step, student, say) if master else None
+        records = Records(cfg, ranks, max_steps, step, student, vocabulary.tokenizer, say) if master else None
 
     finished, trained = step >= max_steps, time.perf_counter()
     while not finished:
@@ -883,7 +895,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
 
             # 7) evaluate: the child gets a copy of these weights; results arrive in a later poll
             if due:
-                records.evaluate(step, student, vocabulary.tokenizer, final=finished)
+                records.evaluate(step, final=finished)
             records.poll()
 
         # 8) checkpoint: step, weights, optimizer and the windows made ahead are all the state there is
@@ -993,35 +1005,35 @@ def every(steps: int, step: int) -> bool:
 class Records:
     """What leaves the loop on rank 0: files, console line, wandb, evaluations, the best weights so far."""
 
-    def __init__(self, cfg: Config, ranks: Ranks, max_steps: int, step: int, student, say):
-        self.cfg, self.out, self.say = cfg, Path(cfg.output_dir), say
+    def __init__(self, cfg: Config, ranks: Ranks, max_steps: int, step: int, student, tokenizer, say):
+        self.cfg, self.out, self.say, self.student, self.tokenizer = cfg, Path(cfg.output_dir), say, student, tokenizer
         write_json(self.out / "config.json", asdict(cfg))
         write_json(self.out / "environment.json", environment())
         self.run = start_wandb(cfg)
         self.bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, unit="step")
         self.latest, self.best, self.since_best = "", -math.inf, 0
-        self.evaluator = None
+        self.dtype, self.evaluator = compute_dtype(cfg, ranks.device), None
+        known = [r for r in gold_eval.read_jsonl(self.out / "eval.jsonl") if r["status"] == "ok"]  # before a resume
+        for record in known:
+            self._choose_best(record)  # its weights are still there if the run was killed in between
+        for left in (self.out / "candidates").glob("*"):
+            discard(left)
         if not cfg.eval_tasks:
             return
         self.evaluator = gold_eval.Evaluator(
-            cfg.student_model, cfg.eval_tasks, self.out, eval_device(cfg, ranks), policy=cfg.eval_policy,
-            timeout=cfg.eval_timeout, max_samples=cfg.eval_max_samples, num_samples=cfg.eval_num_samples,
-            temperature=cfg.eval_temperature, max_new_tokens=cfg.max_completion_length, engine=cfg.eval_engine,
-            seed=cfg.seed,
+            cfg.eval_tasks, self.out, eval_device(cfg, ranks), policy=cfg.eval_policy, timeout=cfg.eval_timeout,
+            max_samples=cfg.eval_max_samples, num_samples=cfg.eval_num_samples, temperature=cfg.eval_temperature,
+            max_new_tokens=cfg.max_completion_length, engine=cfg.eval_engine, seed=cfg.seed,
         )  # fmt: skip
-        known = [r for r in gold_eval.read_jsonl(self.out / "eval.jsonl") if r["status"] == "ok"]  # before a resume
-        for record in known:
-            self._choose_best(record)
         evaluated = {r["step"] for r in known}
         if None not in evaluated and cfg.teacher_model and not cfg.teacher_url:
-            self.evaluator.submit_model("teacher", cfg.teacher_model)
+            self.evaluator.submit(None, cfg.teacher_model, model="teacher", revision=cfg.teacher_revision)
         if 0 not in evaluated:
-            first = student
             if step > 0:
-                first = gold_buffer.load_model(cfg.student_model, cfg.student_revision, torch.float32, "cpu")
-            self.evaluator.submit(0, first.state_dict())
+                student = gold_buffer.load_model(cfg.student_model, cfg.student_revision, torch.float32, "cpu")
+            self.evaluate(0, student=student)
         if step > 0 and step not in evaluated and (step == max_steps or every(cfg.eval_steps, step)):
-            self.evaluator.submit(step, student.state_dict(), final=step == max_steps)
+            self.evaluate(step, final=step == max_steps)
 
     def log(self, row: dict[str, float]) -> None:
         append_json(self.out / "metrics.jsonl", row)
@@ -1030,49 +1042,59 @@ class Records:
         self.bar.set_postfix_str(text + self.latest)
         self.bar.update()
 
-    def evaluate(self, step: int, student, tokenizer, final: bool) -> None:
-        if self.evaluator is not None:
-            self.evaluator.submit(step, student.state_dict(), final=final)
-            if self.cfg.save_best:
-                shutil.rmtree(self._candidate(step), ignore_errors=True)  # of a run that was killed
-                save_model(self._candidate(step), student, tokenizer)
+    def evaluate(self, step: int, final: bool = False, student=None) -> None:
+        """Write the weights of this step as a model directory and have it scored; poll deletes it or calls it best."""
+        if self.evaluator is None:
+            return
+        folder, student = self._candidate(step), student or self.student
+        discard(folder)
+        folder.parent.mkdir(exist_ok=True)
+        size = sum(p.numel() for p in student.parameters()) * self.dtype.itemsize
+        memory = Path("/dev/shm")
+        if memory.exists() and shutil.disk_usage(memory).free > 2 * size:
+            folder.symlink_to(memory / f"gold-{uuid.uuid4().hex}")
+        try:
+            save_model(folder.resolve(), student, self.tokenizer, self.dtype)
+        except (OSError, SafetensorError) as e:  # a full disk: the child will say that it found nothing
+            self.say(f"evaluation of step {step}: its weights could not be written: {e}")
+            discard(folder)
+        self.evaluator.submit(step, folder, final=final)
 
     def poll(self) -> None:
         """Log finished evaluations, each at its own step, and keep the best weights."""
         for r in self.evaluator.poll() if self.evaluator is not None else ():
             name = r["model"] if r["step"] is None else f"step {r['step']}"
-            if r["status"] != "ok":
-                self.say(f"evaluation of {name}: {r['status']}: {r.get('error', '')}")
+            if r["status"] == "ok":
+                self.say(f"evaluation of {name}: {gold_eval.one_line(r['results'])}")
+                prefix = "eval/teacher/" if r["step"] is None else "eval/"
+                flat = {prefix + k: v for k, v in gold_eval.flatten(r["results"]).items()}
+                self.run.log({"eval/step": r["step"] or 0} | flat)
                 if r["step"] is not None:
-                    shutil.rmtree(self._candidate(r["step"]), ignore_errors=True)
-                continue
-            self.say(f"evaluation of {name}: {gold_eval.one_line(r['results'])}")
-            prefix = "eval/teacher/" if r["step"] is None else "eval/"
-            flat = {prefix + k: v for k, v in gold_eval.flatten(r["results"]).items()}
-            self.run.log({"eval/step": r["step"] or 0} | flat)
+                    metric, value = gold_eval.headline(r["results"])
+                    self.latest = f" | {metric} {value:.3f} at {r['step']}"
+                self._choose_best(r)
+            else:
+                self.say(f"evaluation of {name}: {r['status']}: {r['error']}")
             if r["step"] is not None:
-                metric, value = gold_eval.headline(r["results"])
-                self.latest = f" | {metric} {value:.3f} at {r['step']}"
-            self._choose_best(r)
+                discard(self._candidate(r["step"]))
 
     def _candidate(self, step: int) -> Path:
         return self.out / "candidates" / f"step-{step:06d}"
 
     def _choose_best(self, record: dict) -> None:
-        if not self.cfg.save_best:
+        if not self.cfg.save_best or not record["step"]:
             return
-        _, value = gold_eval.headline(record["results"], self.cfg.save_best)  # raises for a metric that is none, early
-        if not record["step"]:
-            return
-        candidate = self._candidate(record["step"])
+        _, value = gold_eval.headline(record["results"], self.cfg.save_best)
         self.since_best += 1
         if value > self.best:
             self.best, self.since_best = value, 0
-            if candidate.exists():
-                shutil.rmtree(self.out / "best", ignore_errors=True)
-                candidate.rename(self.out / "best")
-                write_json(self.out / "best" / "metric.json", {"step": record["step"], self.cfg.save_best: value})
-        shutil.rmtree(candidate, ignore_errors=True)
+            if (folder := self._candidate(record["step"])).exists():
+                best, new = self.out / "best", self.out / ".best"
+                discard(new)
+                shutil.move(folder.resolve(), new)  # a copy, if it lies in memory
+                write_json(new / "metric.json", {"step": record["step"], self.cfg.save_best: value})
+                discard(best)
+                new.rename(best)
 
     def close(self) -> bool:
         """Wait for the evaluations that are still running. Returns whether any has failed."""
@@ -1086,6 +1108,13 @@ class Records:
             shutil.rmtree(self.out / "candidates", ignore_errors=True)
         self.run.finish()
         return failures > 0
+
+
+def discard(folder: Path) -> None:
+    """Delete a directory, also one that a link names."""
+    shutil.rmtree(folder.resolve(), ignore_errors=True)
+    if folder.is_symlink():
+        folder.unlink()
 
 
 def stop_early(cfg: Config, records: Records | None, device: torch.device) -> bool:
