@@ -12,8 +12,8 @@ A task of your own is a grader and an entry in TASKS (`row` is a gold_data.Row; 
 
     TASKS["shouting"] = Task("prompts.jsonl", grade_shouting, classes=("ok", "quiet"), needs=())
 
-Every accuracy comes with the number of questions and a standard error. From top to bottom: graders, tasks, engines (HF,
-vLLM), scores, the evaluator (a thread that supervises, a child process that works), tables and plots, command line.
+Every accuracy comes with the number of questions and a standard error. From top to bottom: graders, tasks, scores, the
+evaluator (a thread that supervises, a child process that works), tables and plots, command line.
 
 This file knows nothing about the teacher, losses, lmbda, DDP or wandb.
 """
@@ -24,8 +24,6 @@ import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
-import multiprocessing.connection
 import operator
 import os
 import queue
@@ -47,10 +45,8 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
+import gold_buffer
 import gold_data
 from gold_data import Row
 
@@ -239,6 +235,7 @@ class Task:
     subset: str | None = None
     split: str = "test"
     classes: tuple[str, ...] = MATH_CLASSES  # the reasons that `grade` gives, as the table shows them
+    also: tuple[str, ...] = ()  # further verdicts that `grade` gives
     needs: tuple[str, ...] = ("answer",)  # what every row must have: answer, completion or columns of the data set
     few_shot: int = 0  # solved examples before the question, as turns of the chat: the first rows of the split train
     instruction: str = ""  # put behind the question
@@ -248,13 +245,13 @@ class Task:
 
 
 BOX = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-COUNTDOWN = Task("countdown", grade_countdown, classes=COUNTDOWN_CLASSES, needs=("nums", "target"))
+COUNTDOWN = Task("countdown", grade_countdown, classes=COUNTDOWN_CLASSES, also=("at_most",), needs=("nums", "target"))
 OPENR1 = Task("HuggingFaceTB/OpenR1-Math-220k-default-verified", grade_math, "all", needs=("completion",))
 TASKS = {
     "countdown": COUNTDOWN,  # made on the spot, no network
     "countdown-mini": replace(COUNTDOWN, dataset="countdown-mini", max_new_tokens=64),
     "countdown-gold": replace(COUNTDOWN, dataset="HuggingFaceTB/Countdown-Task-GOLD", subset="test"),
-    "gsm8k": Task("openai/gsm8k", grade_gsm8k, "main", few_shot=5, stop=("\nQuestion:", "\n\nUser:")),
+    "gsm8k": Task("openai/gsm8k", grade_gsm8k, "main", also=("strict",), few_shot=5, stop=("\nQuestion:", "\n\nUser:")),
     "math500": Task("HuggingFaceH4/MATH-500", grade_math, instruction=BOX, max_new_tokens=4096),
     "aime": Task("HuggingFaceH4/aime_2024", grade_integer, split="train", instruction=BOX, max_new_tokens=8192),
     "aime25": Task("yentinglin/aime_2025", grade_integer, split="train", instruction=BOX, max_new_tokens=8192),
@@ -330,9 +327,7 @@ def task_messages(task: Task, row: Row, examples: list[Row]) -> list[gold_data.M
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# engines: prompts -> answers, sequences -> log-probabilities
-
-Ids = list[int]
+# scores
 
 
 @dataclass(frozen=True)
@@ -346,7 +341,7 @@ class Options:
     max_length: int = 8192  # tokens of prompt and answer at most, and of perplexity's windows; the model's limit holds
     few_shot: int | None = None  # solved examples before each question; None is the benchmark's custom
     wrap: int = 512  # tokens per chunk of the wrapped perplexity
-    batch_size: int = 32  # answers generated at a time (engine hf)
+    batch_tokens: int = 2**17  # decoded or scored together: rows x longest stays below (engine hf)
     engine: Literal["hf", "vllm"] = "hf"  # what generates
     vllm_memory: float = 0.8  # share of the GPU's memory for vLLM
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: bfloat16 on a GPU
@@ -355,169 +350,50 @@ class Options:
     def __post_init__(self):
         if self.num_samples < 1 or (self.num_samples > 1 and self.temperature <= 0):
             raise ValueError(f"num_samples {self.num_samples}: more than one needs a temperature above 0")
-
-    def context(self, config) -> int:
-        """Tokens that fit: the model's limit or max_length."""
-        return min(getattr(config.get_text_config(), "max_position_embeddings", math.inf), self.max_length)
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples {self.max_samples}: there is nothing to ask")
 
     def torch_dtype(self, device: str) -> torch.dtype:
         auto = "float32" if device.startswith("cpu") else "bfloat16"
         return getattr(torch, auto if self.dtype == "auto" else self.dtype)
 
 
-def by_length(sequences: list[Ids], rows: Callable[[int], int]) -> Iterator[list[int]]:
-    """Indices in batches of similar length, the longest first; `rows(longest)` of them at a time."""
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    with tqdm(total=len(order), disable=None, leave=False) as bar:  # None: silent where nobody watches
-        while order:
-            size = max(1, rows(len(sequences[order[0]])))
-            yield order[:size]
-            bar.update(len(order[:size]))
-            order = order[size:]
+def open_model(name: str, revision: str | None, device: str, options: Options):
+    """(sampler, tokenizer) of a model directory or Hub id."""
+    from transformers import AutoConfig, AutoTokenizer
 
-
-def padded(sequences: list[Ids], side: str, device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both (B, T)."""
-    stack = lambda rows: pad_sequence([torch.tensor(row) for row in rows], True, padding_side=side).to(device)
-    return stack(sequences), stack([[1] * len(s) for s in sequences])
-
-
-class HFEngine:
-    """transformers' own generate. The model's generation config supplies end ids, nothing else."""
-
-    def __init__(self, model, options: Options):
-        self.model, self.options = model, options
-        self.limit = options.context(model.config)  # tokens of prompt and answer
-        self.window = self.limit  # tokens the model reads at a time
-        eos = model.generation_config.eos_token_id
-        self.end_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(weights)
-
-    @contextlib.contextmanager
-    def _scoring(self) -> Iterator[torch.device]:
-        """Evaluation mode, neutral generation defaults and a random state of its own; all put back afterwards."""
-        from transformers import GenerationConfig
-
-        training, config, device = self.model.training, self.model.generation_config, self.model.device
-        self.model.eval().generation_config = GenerationConfig()  # penalties in it would apply where ours is silent
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            yield device
-        self.model.train(training).generation_config = config
-
-    def generate(self, prompts: list[Ids], max_new_tokens: int, end_ids: tuple[int, ...]) -> list[list[Ids]]:
-        """options.num_samples answers per prompt, as ids with the end id if the model wrote one.
-
-        Every prompt has to leave room for a token. Samples depend on the seed and on the batches.
-        """
-        from transformers import GenerationConfig
-
-        o, out = self.options, [[]] * len(prompts)
-        for batch in by_length(prompts, lambda longest: o.batch_size // o.num_samples):
-            width = len(prompts[batch[0]])
-            config = GenerationConfig(
-                **({"do_sample": True, "temperature": o.temperature, "top_k": 0} if o.temperature else {}),
-                num_return_sequences=o.num_samples, max_new_tokens=min(max_new_tokens, self.limit - width),
-                eos_token_id=list(end_ids), pad_token_id=end_ids[0], use_cache=True,
-            )  # fmt: skip
-            with self._scoring() as device:
-                torch.manual_seed(o.seed * 1_000_003 + batch[0])
-                ids, mask = padded([prompts[i] for i in batch], "left", device)
-                answers = self.model.generate(ids, attention_mask=mask, generation_config=config)
-            for i, group in zip(batch, answers[:, width:].reshape(len(batch), o.num_samples, -1).tolist()):
-                lengths = [next((n for n, token in enumerate(ids, 1) if token in end_ids), None) for ids in group]
-                out[i] = [ids[:length] for ids, length in zip(group, lengths)]  # without the padding
-        return out
-
-    def score(self, sequences: list[Ids]) -> list[np.ndarray]:
-        """Natural log-probability of every token but the first, float64 (len - 1,), whatever the batches are."""
-        vocabulary, out = self.model.config.get_text_config().vocab_size, [np.zeros(0)] * len(sequences)
-        rows = lambda longest: min(self.options.batch_size, 2**28 // (longest * vocabulary))  # a gigabyte of logits
-        for batch in by_length(sequences, rows):
-            with self._scoring() as device:
-                ids, mask = padded([sequences[i] for i in batch], "right", device)
-                logits = self.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1]).logits.float()  # (B, T, V)
-                nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-            for i, row in zip(batch, nll.double().cpu().numpy()):
-                out[i] = -row[: len(sequences[i]) - 1]
-        return out
-
-
-class VLLMEngine:
-    """vLLM in this process: weights are handed over by reference, and no engine process can outlive us."""
-
-    def __init__(self, model_dir: str, device: str, options: Options, dummy: bool):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
-        from transformers import AutoConfig
-        from vllm import LLM, SamplingParams
-
-        cpu, self.options, self.params = device.startswith("cpu"), options, SamplingParams
-        # on the CPU a share of "its" memory would be one of the machine's
-        memory = {"kv_cache_memory_bytes": 2**28} if cpu else {"gpu_memory_utilization": options.vllm_memory}
-        self.limit = options.context(AutoConfig.from_pretrained(model_dir))
-        self.window = self.limit - 2  # vLLM reads the last token too, and insists on writing one more
-        self.llm = LLM(
-            model=model_dir, dtype=str(options.torch_dtype(device)).removeprefix("torch."), seed=options.seed,
-            max_model_len=self.limit, load_format="dummy" if dummy else "auto", enforce_eager=cpu,
-            skip_tokenizer_init=True, generation_config="vllm", **memory,
-        )  # fmt: skip
-        eos = self.llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id", [])
-        self.end_ids = eos if isinstance(eos, list) else [eos]
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        # one call with the whole state dict: the names of a tied head are all in it, and vLLM may keep its own copy
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-        if not self.llm.reset_prefix_cache():  # else shared prompts would be read with the old weights
-            raise RuntimeError("vLLM kept its prefix cache: a request is still running")
-
-    def generate(self, prompts: list[Ids], max_new_tokens: int, end_ids: tuple[int, ...]) -> list[list[Ids]]:
-        """As HFEngine.generate; a sample depends on its prompt's position and the seed, not on the batch."""
-        o = self.options
-        params = [
-            self.params(
-                n=o.num_samples, temperature=o.temperature, seed=o.seed * 1_000_003 + i, detokenize=False,
-                max_tokens=min(max_new_tokens, self.limit - len(prompt)), stop_token_ids=list(end_ids),
-            ) for i, prompt in enumerate(prompts)
-        ]  # fmt: skip
-        answers = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params) if prompts else []
-        return [[list(one.token_ids) for one in answer.outputs] for answer in answers]
-
-    def score(self, sequences: list[Ids]) -> list[np.ndarray]:
-        """As HFEngine.score."""
-        params = self.params(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        found = [a.prompt_logprobs for a in self.llm.generate([{"prompt_token_ids": s} for s in sequences], params)]
-        return [np.array([at[i].logprob for i, at in zip(s[1:], f[1:])]) for s, f in zip(sequences, found)]
-
-
-def open_engine(model_dir: str, device: str, options: Options, dummy: bool = False):
-    """(engine, tokenizer) of a model directory or Hub id; `dummy`: other weights will be loaded before it is used."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer, dtype = AutoTokenizer.from_pretrained(model_dir), options.torch_dtype(device)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    dtype, limit, cpu = options.torch_dtype(device), options.max_length, device.startswith("cpu")
     if options.engine == "vllm":
-        return VLLMEngine(model_dir, device, options, dummy), tokenizer
-    return HFEngine(AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device), options), tokenizer
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# scores
+        limit = min(limit, gold_buffer.positions(AutoConfig.from_pretrained(name, revision=revision)))
+        memory = 2**28 if cpu else options.vllm_memory  # a share of "its" memory would be one of the machine's
+        how = {"revision": revision, "deadline": math.inf, "load_format": "auto"}
+        return gold_buffer.VLLMSampler(name, limit, str(dtype)[6:], memory, **how), tokenizer
+    model = gold_buffer.load_model(name, revision, dtype, device).eval()
+    how = {"max_batch_tokens": options.batch_tokens, "limit": limit, "progress": True}
+    return gold_buffer.HFSampler(model, own=True, **how), tokenizer
 
 
 def evaluate(model, tokenizer, tasks: Iterable[str], save_to: str | Path | None = None, **options) -> dict[str, dict]:
-    """{task: {"n", "accuracy", "se", "classes", ...}} of a causal LM (left as it was found) or an engine.
+    """{task: {"n", "accuracy", "se", "classes", ...}} of a model.
 
-    `save_to` gets one JSONL per task with every answer; `options` are fields of Options.
-    Raises ValueError for unknown tasks and unusable rows.
+    Args:
+        model: a causal LM of transformers, left as it was found, or one of gold_buffer's samplers or anything like
+            them: generate(requests, sampling) -> rollouts; score(sequences) -> for each the natural log probability
+            (float64) of every token but the first; limit: tokens of prompt and answer; window: tokens that score reads
+            at a time; end_ids.
+        save_to: gets one JSONL per task with every answer.
+        options: fields of Options.
+    Raises: ValueError for unknown tasks and unusable rows.
     """
-    options = Options(**options)
-    engine = HFEngine(model, options) if isinstance(model, torch.nn.Module) else model
-    results = {}
+    options, results = Options(**options), {}
+    if isinstance(model, torch.nn.Module):
+        model = gold_buffer.HFSampler(model, max_batch_tokens=options.batch_tokens, limit=options.max_length)
     for task in parse_tasks(tasks):
         if options.few_shot is not None:
             task = replace(task, few_shot=options.few_shot)
         start = time.perf_counter()
-        result, answers = (accuracy if task.grade else perplexity)(engine, tokenizer, task, options)
+        result, answers = (accuracy if task.grade else perplexity)(model, tokenizer, task, options)
         results[task.name] = result | {"seconds": round(time.perf_counter() - start, 3)}
         if save_to is not None:
             Path(save_to).mkdir(parents=True, exist_ok=True)
@@ -526,14 +402,17 @@ def evaluate(model, tokenizer, tasks: Iterable[str], save_to: str | Path | None 
     return results
 
 
-def accuracy(engine, tokenizer, task: Task, options: Options) -> tuple[dict, list[dict]]:
+def accuracy(model, tokenizer, task: Task, options: Options) -> tuple[dict, list[dict]]:
     """(result, answers) of a task with a grader. Counts are over all answers; `se` is over questions."""
     rows, examples = load_task_rows(task, options.max_samples, options.seed), few_shot_rows(task)
     prompts = [gold_data.encode_prompt(tokenizer, task_messages(task, row, examples)) for row in rows]
-    k, ends = options.num_samples, gold_data.end_ids(tokenizer, engine.end_ids)
-    limit = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
-    fits = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.limit]
-    completions = dict(zip(fits, engine.generate([prompts[i] for i in fits], limit, ends)))
+    k, ends = options.num_samples, gold_data.end_ids(tokenizer, model.end_ids)
+    sampling = gold_buffer.Sampling(options.max_new_tokens or task.max_new_tokens, options.temperature, end_ids=ends)
+    fits = [i for i, prompt in enumerate(prompts) if len(prompt) < model.limit]
+    seeds = {i: np.random.SeedSequence([options.seed, i]).generate_state(k).tolist() for i in fits}
+    requests = [gold_buffer.Request(prompts[i], seed) for i in fits for seed in seeds[i]]
+    rollouts = iter(model.generate(requests, sampling))
+    completions = {i: [r.completion_ids for r in itertools.islice(rollouts, k)] for i in fits}
     classes, also, answers = Counter(dict.fromkeys(task.classes, 0)), Counter(), []
     for i, (row, prompt) in enumerate(zip(rows, prompts)):
         for ids in completions.get(i, [[]] * k):  # no room, no answer
@@ -553,12 +432,17 @@ def accuracy(engine, tokenizer, task: Task, options: Options) -> tuple[dict, lis
         "accuracy": float(right.mean()),
         "se": float(right.mean(1).std() / math.sqrt(len(rows))),
         **{f"accuracy_{name}": count / len(answers) for name, count in also.items()},
-        **{f"pass@{j}": pass_at(j, right) for j in sorted({*(2**i for i in range(1, k.bit_length())), k} - {1})},
+        **{f"pass@{j}": pass_at(j, right) for j in powers(k)},
         "classes": dict(classes),
         "truncated": float(np.mean([answer["truncated"] for answer in answers])),
         "too_long": len(rows) - len(fits),
         "tokens": float(np.mean([answer["tokens"] for answer in answers])),
     }, answers
+
+
+def powers(k: int) -> list[int]:
+    """2, 4, 8, .. and k: the j of which pass@j is reported."""
+    return sorted({*(2**i for i in range(1, k.bit_length())), k} - {1})
 
 
 def pass_at(j: int, right: np.ndarray) -> float:
@@ -579,7 +463,7 @@ def windows(ids: list[int], prefix: int, length: int) -> Iterator[tuple[list[int
         yield ids[max(0, end - length - 1) : end], end - start
 
 
-def perplexity(engine, tokenizer, task: Task, options: Options) -> tuple[dict, list[dict]]:
+def perplexity(model, tokenizer, task: Task, options: Options) -> tuple[dict, list[dict]]:
     """(result, per-row numbers). Only bits per byte compare between tokenizers; `se` is theirs, over rows.
 
     A question with its answer is read as "Question: ...\\nAnswer: ...", each row by itself, without an end token:
@@ -598,10 +482,10 @@ def perplexity(engine, tokenizer, task: Task, options: Options) -> tuple[dict, l
         of_answer = {"answer_tokens": len(ids) - len(encode(context)), "answer_bytes": size}
         totals.append({"tokens": len(ids), "bytes": len(context.encode()) + size} | of_answer)
         stream += [*ids, eos]
-        parts += windows(ids, prefix, engine.window)
+        parts += windows(ids, prefix, model.window)
     if not parts:
         raise ValueError(f"task {task.name}: {task.dataset} holds no text")
-    scored = zip(parts, engine.score([sequence for sequence, _ in parts]))
+    scored = zip(parts, model.score([sequence for sequence, _ in parts]))
     logprobs = np.concatenate([found[len(found) - count :] for (_, count), found in scored])  # of every token, in order
     for total, end in zip(totals, itertools.accumulate(total["tokens"] for total in totals)):
         total["nll"] = -float(logprobs[end - total["tokens"] : end].sum())
@@ -615,11 +499,28 @@ def perplexity(engine, tokenizer, task: Task, options: Options) -> tuple[dict, l
     if rows[0].prompt:
         result["answer_perplexity"] = math.exp(sums["answer_nll"] / sums["answer_tokens"])
         result["answer_bits_per_byte"] = sums["answer_nll"] / sums["answer_bytes"] / math.log(2)
-    body = min(options.wrap, engine.window) - 2
+    body = min(options.wrap, model.window) - 2
     chunks = [[prefix, *stream[i : i + body], eos] for i in range(0, len(stream) - body + 1, body)]
     if chunks:
-        result["wrapped_perplexity"] = math.exp(-np.concatenate(engine.score(chunks)).mean())
+        result["wrapped_perplexity"] = math.exp(-np.concatenate(model.score(chunks)).mean())
     return result, totals
+
+
+MAIN = ("/accuracy", "/bits_per_byte")  # the number that stands for a task
+
+
+def metrics(tasks: Iterable[Task], num_samples: int = 1) -> list[str]:
+    """What these tasks report, as flatten names it."""
+    names = []
+    for task in tasks:
+        found = ["n", "tokens", "bytes", "perplexity", "bits_per_byte", "se", "answer_perplexity"]
+        found += ["answer_bits_per_byte", "wrapped_perplexity"]
+        if task.grade:
+            found = ["n", "samples", "correct", "accuracy", "se", "truncated", "too_long", "tokens"]
+            found += [*(f"accuracy_{name}" for name in task.also), *(f"classes/{name}" for name in task.classes)]
+            found += [f"pass@{j}" for j in powers(num_samples)]
+        names += [f"{task.name}/{name}" for name in [*found, "seconds"]]
+    return names
 
 
 def headline(results: dict[str, dict], metric: str | None = None) -> tuple[str, float]:
@@ -659,87 +560,73 @@ def flatten(nested: dict, prefix: str = "") -> dict[str, float]:
 # the evaluator: a thread that supervises, a child process that works
 
 
-@dataclass
-class Job:
-    name: str  # of the model in the record
-    step: int | None
-    model_dir: str
-    weights: dict[str, Tensor] | None  # None: those in model_dir
-    keep: bool  # never dropped for a newer one
-
-
 class Evaluator:
-    """Scores snapshots of a model that trains on, in a child process.
+    """Scores model directories while training goes on, in a child process.
 
-    A thread could not: Python work in it slows training up to a hundredfold (one interpreter lock), it would read
-    weights in the middle of a step, and it cannot be killed. So the thread here only waits; the child does the work,
-    and dies with its parent or at its time limit. Weights reach it through an anonymous file in memory, which has no
-    name that could be left behind and does not count against the size of /dev/shm.
+    A thread could not: Python work in it slows training up to a hundredfold (one interpreter lock), and it cannot be
+    killed. So the thread here only waits; the child does the work, and dies with its parent or at its time limit. They
+    talk in lines of JSON: {"step", "model", "dir", "revision"} on the child's stdin, {"status", "results" or "error"}
+    on its stdout. One child serves all steps of a model: only its weights are read again.
 
     Each submit is answered by exactly one record {"step", "model", "status", "seconds", "results", "error"}: status ok,
     error (an exception), crashed, timeout, dropped (a newer one took its place, or close came before its turn) or
     refused (after `max_failures` in a row, or after close). A failure is printed and counted; it raises nothing.
 
-    `model_dir` has the config and tokenizer of what `submit` sends weights of; `out` is the folder for eval.jsonl,
-    eval.log (what the child prints) and completions/; `device` is "cpu", or "cuda:1" as the trainer counts GPUs;
-    `timeout` is in seconds, for one evaluation with the start of the child; `echo`: nobody trains, and the child prints
-    here. If a snapshot is waiting already, policy "drop_oldest" replaces it and "wait" makes submit wait; the first
-    (step 0), the final one and other models are never dropped. `options` are fields of Options.
-    Raises ValueError for an unknown task or policy, or a GPU that is not there.
+    `out` is the folder for eval.jsonl, eval.log (what the child prints) and completions/; `device` is "cpu", or
+    "cuda:1" as the trainer counts GPUs; `timeout` is in seconds, for one evaluation with the start of the child;
+    `echo`: nobody trains, and the child prints here. If a step is waiting already, policy "drop_oldest" replaces it and
+    "wait" makes submit wait; step 0, the final step and other models are never dropped. `options` are fields of
+    Options. Raises ValueError for an unknown task or policy, or a GPU that is not there.
     """
 
     script = __file__  # what the child runs with --serve; it has to define the same TASKS
 
     def __init__(
-        self, model_dir: str | Path, tasks: Iterable[str], out: str | Path, device: str = "cpu",
+        self, tasks: Iterable[str], out: str | Path, device: str = "cpu",
         policy: Literal["drop_oldest", "wait"] = "drop_oldest", timeout: float | None = 3600.0, max_failures: int = 3,
         echo: bool = False, **options,
     ):  # fmt: skip
+        tasks, self.out, self.policy, self.timeout, self.echo = list(tasks), Path(out), policy, timeout, echo
         if policy not in ("drop_oldest", "wait"):
             raise ValueError(f"policy {policy!r} is neither drop_oldest nor wait")
-        self.model_dir, self.tasks, self.out, self.device = str(model_dir), list(tasks), Path(out), device
-        if not parse_tasks(self.tasks):
+        if not parse_tasks(tasks):
             raise ValueError(f"no task to evaluate on: choose among {', '.join(TASKS)}")
-        self.options, self.policy, self.timeout, self.echo = Options(**options), policy, timeout, echo
-        self.max_failures, self.env = max_failures, child_env(device, self.options.engine)
-        self.waiting: deque[Job] = deque()
+        self.setup = {"parent": os.getpid(), "tasks": tasks, "out": str(out), "device": device.split(":")[0]}
+        self.setup |= {"alone": echo, "options": asdict(Options(**options))}
+        self.max_failures, self.env = max_failures, child_env(device)
+        self.waiting: deque[tuple[dict, bool]] = deque()  # (job, whether it may not be dropped)
         self.records: queue.SimpleQueue[dict] = queue.SimpleQueue()
         self.counts: Counter[str] = Counter()  # of statuses
         self.changed = threading.Condition()
-        self.closed, self.close_by, self.cut_short = False, math.inf, False
+        self.closed, self.cut_short = False, False
         self.disabled = ""  # why, after too many failures
-        self.child: subprocess.Popen | None = None
+        self.child, self.model = None, None  # the process, and the name of the model it has opened
         self.out.mkdir(parents=True, exist_ok=True)
-        file, linux = self.out / ".weights.pt", hasattr(os, "memfd_create")
-        self.memory = os.memfd_create("gold_eval") if linux else os.open(file, os.O_CREAT | os.O_RDWR)
-        self.weights_file = f"/proc/self/fd/{self.memory}" if linux else str(file)
         self.thread = threading.Thread(target=self._supervise, name="evaluator", daemon=True)
         self.thread.start()
 
     # ---- the trainer's side
 
-    def submit(self, step: int, state_dict: dict[str, Tensor], final: bool = False) -> None:
-        """Have these weights scored. They are copied here and now, so the caller may train on at once."""
-        dtype = self.options.torch_dtype(self.device)
-        weights = {} if self.disabled or self.closed else snapshot(state_dict, dtype)
-        self._enqueue(Job("student", step, self.model_dir, weights, keep=final or step == 0))
-
-    def submit_model(self, name: str, model_dir: str | Path) -> None:
-        """Have another model scored, once."""
-        self._enqueue(Job(name, None, str(model_dir), None, keep=True))
-
-    def _enqueue(self, job: Job) -> None:
-        """A snapshot takes the place of the older ones that wait, or waits until there are none."""
-        older = lambda: [old for old in self.waiting if job.step and not old.keep]
+    def submit(
+        self,
+        step: int | None,
+        folder: str | Path,
+        final: bool = False,
+        model: str = "student",
+        revision: str | None = None,
+    ) -> None:
+        """Have a model directory scored, which has to stay until its record is there; other models have no step."""
+        job = {"step": step, "model": model, "dir": str(folder), "revision": revision}
+        older = lambda: [old for old in self.waiting if step and not old[1]]
         with self.changed:
             self.changed.wait_for(lambda: self.policy != "wait" or not older() or self.disabled or self.closed)
             for old in older():
                 self.waiting.remove(old)
-                self._record(old, "dropped", error=f"replaced by step {job.step}")
+                self._record(old[0], "dropped", error=f"replaced by step {step}")
             if self.disabled or self.closed:
                 self._record(job, "refused", error=self.disabled or "the evaluator is closed")
             else:
-                self.waiting.append(job)
+                self.waiting.append((job, final or not step))
             self.changed.notify_all()
 
     def poll(self) -> list[dict]:
@@ -752,13 +639,13 @@ class Evaluator:
         Call it after the process group is gone: the other ranks would wait for this one.
         """
         with self.changed:
-            self.closed, self.close_by = True, math.inf if timeout is None else time.monotonic() + timeout
+            self.closed = True
             self.changed.notify_all()
-        self.thread.join()
-        if self.memory is not None:
-            os.close(self.memory)
-            self.memory = None
-            (self.out / ".weights.pt").unlink(missing_ok=True)
+        self.thread.join(timeout)
+        while self.thread.is_alive():
+            self.cut_short = True
+            stop(self.child)
+            self.thread.join(0.1)
         return not self.cut_short
 
     def summary(self) -> str:
@@ -770,16 +657,16 @@ class Evaluator:
     def failures(self) -> int:
         return sum(self.counts[status] for status in ("error", "crashed", "timeout"))
 
-    def _record(self, job: Job, status: str, *, seconds=0.0, results=None, error="") -> None:
-        record = {"step": job.step, "model": job.name, "status": status, "seconds": round(seconds, 3)}
+    def _record(self, job: dict, status: str, *, seconds=0.0, results=None, error="") -> None:
+        record = {"step": job["step"], "model": job["model"], "status": status, "seconds": round(seconds, 3)}
         record |= {"results": results or {}} | ({"error": error} if error else {})
         with self.changed:
             self.counts[status] += 1
+            with contextlib.suppress(OSError):  # a full disk must not end the thread that owes further answers
+                append_jsonl(self.out / "eval.jsonl", record)
             self.records.put(record)
-            with contextlib.suppress(OSError), open(self.out / "eval.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")  # a full disk must not end the thread that owes further answers
         if status not in ("ok", "dropped"):
-            print(f"eval: {job.name} step {job.step}: {status}: {error}", file=sys.stderr, flush=True)
+            print(f"eval: {job['model']} step {job['step']}: {status}: {error}", file=sys.stderr, flush=True)
 
     # ---- the supervisor's side
 
@@ -788,105 +675,78 @@ class Evaluator:
         while job := self._next():
             start = time.monotonic()
             try:
-                answer = self._ask(job, start)
-            except (EOFError, ConnectionError):  # the other end of the pipe is closed: the child is dead
-                answer = {"status": "crashed", "error": f"exit code {self._kill(5)}, see {self.out}/eval.log"}
+                answer = self._ask(job)
             except Exception:  # noqa: BLE001 - whatever went wrong here is this job's record, not the end of training
                 answer = {"status": "error", "error": traceback.format_exc()}
             in_a_row = 0 if answer["status"] == "ok" else in_a_row + 1
             if in_a_row:
-                self._kill()  # the next job gets a fresh child: after an exception neither CUDA nor vLLM can be trusted
+                stop(self.child)  # after an exception neither CUDA nor vLLM can be trusted
             if in_a_row == self.max_failures:
                 self.disabled = f"given up after {in_a_row} failures in a row, the last: {answer['error'][-300:]}"
             self._record(job, seconds=time.monotonic() - start, **answer)
-        self._kill()
+        stop(self.child)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> dict | None:
         """The job that waits longest; None when there will be no more."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.closed)
-            while self.waiting and self.disabled:
-                self._record(self.waiting.popleft(), "refused", error=self.disabled)
-            while self.waiting and time.monotonic() > self.close_by:
-                self._record(self.waiting.popleft(), "dropped", error="the evaluator was closed before its turn")
-                self.cut_short = True
+            while self.waiting and (self.disabled or self.cut_short):
+                status, why = ("refused", self.disabled) if self.disabled else ("dropped", "closed before its turn")
+                self._record(self.waiting.popleft()[0], status, error=why)
             self.changed.notify_all()
-            return self.waiting.popleft() if self.waiting else None
+            return self.waiting.popleft()[0] if self.waiting else None
 
-    def _ask(self, job: Job, start: float) -> dict:
-        """The child's answer, or a timeout. Raises EOFError or ConnectionError if the child dies."""
-        sent = job.weights is not None  # else those in the model directory are meant
-        if self.child is None or self.child_has != (job.model_dir, sent):
-            self._spawn(job.model_dir, sent)
-        if sent:
-            torch.save(job.weights, self.weights_file)  # a tied head is written once; no lock is held while it writes
-            job.weights = None
-        name = re.sub(r"[^\w.-]+", "_", job.name) if job.step is None else f"step-{job.step:06d}"
-        self.connection.send({"save_to": str(self.out / "completions" / name)})
-        while not self.connection.poll(0.1):
-            waited, late = time.monotonic() - start, time.monotonic() > self.close_by
-            if late or (self.timeout is not None and waited > self.timeout):
-                self.cut_short |= late
-                return {"status": "timeout", "error": f"no answer in {waited:.0f} seconds, child killed"}
-        answer = self.connection.recv()
-        if sent:
-            os.truncate(self.weights_file, 0)  # the memory is free until the next snapshot
+    def _ask(self, job: dict) -> dict:
+        """The child's answer, or what became of it."""
+        start, late = time.monotonic(), threading.Event()
+        if self.child is None or self.child.poll() is not None or self.model != job["model"]:
+            stop(self.child)
+            self.child, self.model = self._spawn(), job["model"]
+        timer = threading.Timer(self.timeout, lambda: (late.set(), stop(self.child)))
+        timer.daemon = True
+        timer.start()
+        try:
+            self.child.stdin.write(json.dumps(job).encode() + b"\n")
+            lines = (x for x in self.child.stdout if x.startswith(b'{"status"') and x.endswith(b"\n"))
+            answer = json.loads(next(lines, "null"))  # other lines were printed before serve took over
+        except BrokenPipeError:  # it died before it could read
+            answer = None
+        finally:
+            timer.cancel()
+            timer.join()
+        if late.is_set() or (self.cut_short and answer is None):
+            return {"status": "timeout", "error": f"no answer in {time.monotonic() - start:.0f} seconds, child killed"}
+        if answer is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(5)
+            stop(self.child)
+            answer = {"status": "crashed", "error": f"exit code {self.child.returncode}, see {self.out}/eval.log"}
         return answer
 
-    def _spawn(self, model_dir: str, sent: bool) -> None:
-        self._kill()
-        self.connection, theirs = multiprocessing.Pipe()
+    def _spawn(self) -> subprocess.Popen:
         with open(self.out / "eval.log", "a") as log:
-            output = None if self.echo else log
-            self.child = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", self.script, "--serve", str(theirs.fileno()), str(os.getpid())],
-                env=self.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                pass_fds=(theirs.fileno(), self.memory),
-                start_new_session=True,  # what it starts is killed with it, and Ctrl-C is ours to handle
+            return subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", self.script, "--serve", json.dumps(self.setup)],
+                env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None if self.echo else log,
+                bufsize=0, start_new_session=True,  # what it starts is killed with it, and Ctrl-C is ours to handle
             )  # fmt: skip
-        theirs.close()  # so that its death closes the pipe
-        self.child_has = model_dir, sent
-        setup = {"model_dir": model_dir, "weights": self.weights_file if sent else None, "tasks": self.tasks}
-        setup |= {"device": self.device.split(":")[0], "options": asdict(self.options), "alone": self.echo}
-        self.connection.send(setup)
 
-    def _kill(self, grace: float = 0.0) -> int | None:
-        """End the child, if it does not end by itself in `grace` seconds, and what it started. Its exit code."""
-        child, self.child = self.child, None
-        if child is None:
-            return None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(grace)
+
+def stop(child: subprocess.Popen | None) -> None:
+    """End a process and what it started."""
+    if child is not None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        self.connection.close()
-        return child.wait()
+        child.wait()
 
 
-def snapshot(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A copy on the CPU in the evaluation's dtype, without the prefixes of DDP and torch.compile, ties kept."""
-    weights, copies = {}, {}
-    for name, value in state_dict.items():
-        value = value.detach()
-        key = (value.data_ptr(), value.shape, value.stride())
-        if key not in copies:
-            kind = dtype if value.is_floating_point() else value.dtype
-            copies[key] = torch.empty(value.shape, dtype=kind, pin_memory=value.is_cuda)  # pinned: full bus speed
-            copies[key].copy_(value.to(kind), non_blocking=value.is_cuda)
-        weights[name.replace("_orig_mod.", "").removeprefix("module.")] = copies[key]
-    if any(copy.is_pinned() for copy in copies.values()):
-        torch.cuda.synchronize()
-    return weights
-
-
-def child_env(device: str, engine: str) -> dict[str, str]:
+def child_env(device: str) -> dict[str, str]:
     """The environment of the child: one GPU or none, and no trace of torchrun. Raises ValueError for a missing GPU."""
     torchrun = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)$")
     env = {name: value for name, value in os.environ.items() if not torchrun.match(name)}
+    env["OMP_WAIT_POLICY"] = "passive"  # spinning threads beside a busy process: 40 times slower
     if device.startswith("cpu"):
-        # idle OpenMP threads of vLLM spin: 45 times slower next to a busy process
-        quiet = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"} if engine == "vllm" else {}
-        return env | {"CUDA_VISIBLE_DEVICES": ""} | quiet
+        return env | {"CUDA_VISIBLE_DEVICES": ""}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")
     index = torch.device(device).index or 0
@@ -895,30 +755,34 @@ def child_env(device: str, engine: str) -> dict[str, str]:
     return env | {"CUDA_VISIBLE_DEVICES": gpus[index]}
 
 
-def serve(pipe: int, parent: int) -> None:
-    """The child's side: a setup, then one answer per job, until the parent is gone or an exception is reported."""
+def serve(setup: str) -> None:
+    """The child's side: one answer per job, until the parent is gone or an exception was reported."""
+    setup, answers = json.loads(setup), os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever is printed from here on, also by libraries, goes to eval.log
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent, even while hanging
-    if os.getppid() != parent:  # it died before that call
+    if os.getppid() != setup["parent"]:  # it died before that call
         return
-    connection = multiprocessing.connection.Connection(pipe)
-    setup = connection.recv()
-    if setup["device"] == "cpu" and not setup["alone"]:
+    device, options, model = setup["device"], Options(**setup["options"]), None
+    if device == "cpu" and not setup["alone"]:
         os.nice(10)  # training goes first, ...
         with contextlib.suppress(OSError):  # ... also where Linux shares the cores among sessions before processes
             Path("/proc/self/autogroup").write_text("10")
-    loaded, options = None, Options(**setup["options"])
-    while True:
-        job = connection.recv()  # EOFError ends this process, as the parent's end is closed
+    for line in sys.stdin:
+        job = json.loads(line)
+        name = re.sub(r"[^\w.-]+", "_", job["model"]) if job["step"] is None else f"step-{job['step']:06d}"
         try:
-            loaded = loaded or open_engine(setup["model_dir"], setup["device"], options, setup["weights"] is not None)
-            if setup["weights"]:
-                loaded[0].load(torch.load(setup["weights"], mmap=True))
-            results = evaluate(*loaded, setup["tasks"], job["save_to"], **asdict(options))
+            if model is None:
+                model, tokenizer = open_model(job["dir"], job["revision"], device, options)
+            else:
+                weights = gold_buffer.load_model(job["dir"], job["revision"], options.torch_dtype(device), "cpu")
+                model.load_weights(weights.state_dict(), job["step"] or 0)
+            save_to = Path(setup["out"]) / "completions" / name
+            answer = {"status": "ok", "results": evaluate(model, tokenizer, setup["tasks"], save_to, **asdict(options))}
         except Exception:
-            connection.send({"status": "error", "error": traceback.format_exc()})
+            print(json.dumps({"status": "error", "error": traceback.format_exc()}), file=answers)
             raise
-        connection.send({"status": "ok", "results": results})
+        print(json.dumps(answer), file=answers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -994,10 +858,20 @@ def plot_classes(models: dict[str, dict[str, dict]], path: str | Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def append_jsonl(path: Path, row: dict) -> None:
+    """Add a line; what a killed run left of one becomes a line of its own first."""
+    with path.open("ab+") as file:
+        torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+
+
 def read_jsonl(path: Path) -> list[dict]:
-    """Its complete lines (a run that is still going may be writing one); none if there is no such file."""
-    *lines, _ = path.read_text().split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines]
+    """Its lines, none if there is no such file. A line that is torn, as a kill leaves it, is no line."""
+    rows = []
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def read_run(folder: str | Path) -> dict[str, dict[int, float]]:
@@ -1080,11 +954,11 @@ def main(config: Config) -> int:
         return 0
     device = ("cuda:0" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     options = asdict(config.scoring)
-    evaluator = Evaluator("", config.tasks, out, device, timeout=config.timeout, echo=True, **options)
+    evaluator = Evaluator(config.tasks, out, device, timeout=config.timeout, echo=True, **options)
     short = [Path(model).name for model in config.model]
     names = short if len(set(short)) == len(short) else config.model
     for name, model in zip(names, config.model):
-        evaluator.submit_model(name, model)
+        evaluator.submit(None, model, model=name)
     evaluator.close()
     models = {record["model"]: record["results"] for record in evaluator.poll() if record["status"] == "ok"}
     print(text := report(models))
@@ -1097,7 +971,7 @@ def main(config: Config) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        serve(*map(int, sys.argv[2:]))
+        serve(sys.argv[2])
     else:
         try:
             sys.exit(main(tyro.cli(Config)))

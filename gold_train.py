@@ -47,6 +47,7 @@ from typing import Annotated, Literal, NamedTuple, get_type_hints
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -259,7 +260,9 @@ def check(cfg: Config, ranks: Ranks) -> None:
     c, batch, slots = cfg, cfg.per_device_train_batch_size, slots_per_window(cfg)
     made, used, group = slots * c.num_generations, batch * c.gradient_accumulation_steps, c.vllm_tensor_parallel_size
     engine = gold_buffer.choose_sampler(c.sampler)[0] if c.lmbda > 0 else ""
-    tasks = [task.name for task in gold_eval.parse_tasks(c.eval_tasks)]
+    tasks = gold_eval.parse_tasks(c.eval_tasks)
+    known = gold_eval.metrics(tasks, 1)
+    best = {None, *known, *(name.rpartition("/")[0] for name in known if name.endswith(gold_eval.MAIN))}
     answers = c.teacher_model or c.lmbda == 0 and c.ce_weight > 0 and not c.seq_kd
     wandb = c.wandb_mode == "disabled" or importlib.util.find_spec("wandb")
     rules = {
@@ -282,9 +285,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
         "eval_steps has nothing to evaluate: name --eval-tasks or an --eval-ratio": tasks
         or c.eval_ratio
         or not c.eval_steps,
-        f"save_best {c.save_best} is of none of the eval_tasks {tasks}: write like countdown/accuracy": c.save_best
-        is None
-        or c.save_best.partition("/")[0] in tasks,
+        f"save_best {c.save_best} is not among the numbers of the eval_tasks: {known}": c.save_best in best,
         "early_stop needs save_best: what should get better?": not c.early_stop or c.save_best,
         "eval_gpu is auto, same, cpu or an index": c.eval_gpu in ("auto", "same", "cpu") or c.eval_gpu.isdigit(),
         f"--wandb-mode {c.wandb_mode} needs wandb: pip install wandb": wandb,
@@ -537,9 +538,15 @@ class Stats:
 # checkpoints and records
 
 
-def save_model(folder: Path, model, tokenizer) -> None:
+def save_model(folder: Path, model, tokenizer, dtype: torch.dtype = torch.float32) -> None:
+    """A directory that transformers and vLLM load as it is, with weights of this dtype."""
     folder.mkdir(parents=True)
-    model.save_pretrained(folder)
+    weights, copies = model.state_dict(), {}
+    for name, x in weights.items():  # one key for a tied head and its embedding: they stay tied
+        kind = dtype if x.is_floating_point() else x.dtype
+        weights[name] = copies.setdefault((x.data_ptr(), x.shape), x.to("cpu", kind))
+    model.save_pretrained(folder, state_dict=weights)
+    write_json(folder / "config.json", json.loads((folder / "config.json").read_text()) | {"dtype": str(dtype)[6:]})
     tokenizer.save_pretrained(folder)
     os.umask(mask := os.umask(0))
     for path in folder.iterdir():
@@ -827,22 +834,20 @@ def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, sa
     return teacher, gold_loss.Head(**parts)
 
 
-def open_sampler(cfg: Config, student, ends: tuple[int, ...], device: torch.device, say):
+def open_sampler(cfg: Config, student, device: torch.device, say):
     """Whoever writes the student's answers; None if lmbda is 0."""
     if cfg.lmbda == 0:
         return None
     name, why = gold_buffer.choose_sampler(cfg.sampler)
     say(f"sampler: {name} ({why}), lag {cfg.lag}")
-    sampling = gold_buffer.Sampling(
-        cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, tuple(ends)
-    )
     dtype = compute_dtype(cfg, device)
     if name == "hf":
-        return gold_buffer.HFSampler(student, sampling, cfg.lag > 0, cfg.sampler_device, dtype)
+        if cfg.lag > 0:  # windows are sampled while the original is trained
+            student = copy.deepcopy(student).to(cfg.sampler_device or device, dtype).eval().requires_grad_(False)
+        return gold_buffer.HFSampler(student, own=cfg.lag > 0, dtype=dtype)
     return gold_buffer.VLLMSampler(
-        cfg.student_model, sampling, cfg.max_length, str(dtype).removeprefix("torch."), cfg.vllm_memory,
-        cfg.vllm_tensor_parallel_size, cfg.student_revision, deadline=cfg.vllm_deadline,
-        sleep=cfg.lag == 0,
+        cfg.student_model, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size,
+        cfg.student_revision, deadline=cfg.vllm_deadline, sleep=cfg.lag == 0,
     )  # fmt: skip
 
 
@@ -927,7 +932,12 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     bf16 = compute_dtype(cfg, device) == torch.bfloat16
     autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     parts = Parts(model, head, autocast, pairing, teacher, teacher_head)
-    sampler = open_sampler(cfg, student, vocabulary.ends, device, say)
+    sampler, sampling = (
+        open_sampler(cfg, student, device, say),
+        gold_buffer.Sampling(
+            cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, tuple(vocabulary.ends)
+        ),
+    )
     cross = pairing is not None and pairing.loss != "jsd"
     encoder = gold_buffer.Encoder(vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, loss == "prefix")
     held, tokenizer = heldout_samples(cfg, held, encoder, ranks), copy.deepcopy(vocabulary.tokenizer)
@@ -935,14 +945,16 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     if cfg.seq_kd:
         how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
         answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
-    buffer = gold_buffer.WindowBuffer(schedule, rows, encoder, sampler, student.state_dict, max_steps, cfg.lag, answers)
+    buffer = gold_buffer.WindowBuffer(
+        schedule, rows, encoder, sampler, sampling, student.state_dict, max_steps, cfg.lag, answers
+    )
     derived = {"loss": loss, "window": slots * ranks.world_size, "rows_hash": rows_per_epoch, "steps": max_steps}
     identity = asdict(cfg) | derived
     run = Run(parts, student, tokenizer, open_optimizer(cfg, student), buffer, held, identity, max_steps)
     if checkpoint:
         restore(run, identity, checkpoint, ranks, say)
     if master:
-        run.records = Records(cfg, ranks, max_steps, run.step, student, say)
+        run.records = Records(cfg, ranks, max_steps, run.step, student, tokenizer, say)
     return run
 
 
@@ -1008,11 +1020,11 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             if cfg.eval_ratio and due:
                 row["eval/heldout_loss"] = heldout_loss(cfg, parts, run.held, ranks)
             if records:
-                records.log(row, window, run.tokenizer)
+                records.log(row, window)
 
                 # 7) evaluate: the child gets a copy of these weights; results arrive in a later poll
                 if due:
-                    records.evaluate(run.step, run.student, run.tokenizer, final=finished)
+                    records.evaluate(run.step, final=finished)
                 records.poll()
 
             # 8) checkpoint: step, weights, optimizer and the windows made ahead are all the state there is
@@ -1182,40 +1194,41 @@ def every(steps: int, step: int) -> bool:
 class Records:
     """What leaves the loop on rank 0: files, console line, wandb, evaluations, the best weights so far."""
 
-    def __init__(self, cfg: Config, ranks: Ranks, max_steps: int, step: int, student, say):
-        self.cfg, self.out, self.say = cfg, Path(cfg.output_dir), say
+    def __init__(self, cfg: Config, ranks: Ranks, max_steps: int, step: int, student, tokenizer, say):
+        self.cfg, self.out, self.say, self.student, self.tokenizer = cfg, Path(cfg.output_dir), say, student, tokenizer
         shown = {k: without_secrets(v) if isinstance(v, str) else v for k, v in asdict(cfg).items()}
         write_json(self.out / "config.json", shown)
         write_json(self.out / "environment.json", environment())
         self.run, self.said = start_wandb(cfg, shown), set()
         self.bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, unit="step")
         self.latest, self.best, self.since_best = "", -math.inf, 0
-        self.evaluator = None
+        self.dtype, self.evaluator = compute_dtype(cfg, ranks.device), None
+        known = [r for r in gold_eval.read_jsonl(self.out / "eval.jsonl") if r["status"] == "ok"]  # before a resume
+        for record in known:
+            self._choose_best(record)  # its weights are still there if the run was killed in between
+        for left in (self.out / "candidates").glob("*"):
+            discard(left)
         if not cfg.eval_tasks:
             return
         self.evaluator = gold_eval.Evaluator(
-            cfg.student_model, cfg.eval_tasks, self.out, eval_device(cfg, ranks), policy=cfg.eval_policy,
-            timeout=cfg.eval_timeout, max_samples=cfg.eval_max_samples, max_new_tokens=cfg.max_completion_length,
-            engine=cfg.eval_engine, seed=cfg.seed,
+            cfg.eval_tasks, self.out, eval_device(cfg, ranks), policy=cfg.eval_policy, timeout=cfg.eval_timeout,
+            max_samples=cfg.eval_max_samples, max_new_tokens=cfg.max_completion_length, engine=cfg.eval_engine,
+            seed=cfg.seed,
         )  # fmt: skip
-        known = [r for r in gold_eval.read_jsonl(self.out / "eval.jsonl") if r["status"] == "ok"]  # before a resume
-        for record in known:
-            self._choose_best(record)
         evaluated = {r["step"] for r in known}
         if None not in evaluated and cfg.teacher_model and not cfg.teacher_url:
-            self.evaluator.submit_model("teacher", cfg.teacher_model)
+            self.evaluator.submit(None, cfg.teacher_model, model="teacher", revision=cfg.teacher_revision)
         if 0 not in evaluated:
-            first = student
             if step > 0:
-                first = gold_buffer.load_model(cfg.student_model, cfg.student_revision, torch.float32, "cpu")
-            self.evaluator.submit(0, first.state_dict())
+                student = gold_buffer.load_model(cfg.student_model, cfg.student_revision, torch.float32, "cpu")
+            self.evaluate(0, student=student)
         if step > 0 and step not in evaluated and (step == max_steps or every(cfg.eval_steps, step)):
-            self.evaluator.submit(step, student.state_dict(), final=step == max_steps)
+            self.evaluate(step, final=step == max_steps)
 
-    def log(self, row: dict[str, float], window: gold_buffer.Window, tokenizer) -> None:
+    def log(self, row: dict[str, float], window: gold_buffer.Window) -> None:
         append_json(self.out / "metrics.jsonl", row)
         if row["step"] == 1 or every(SAMPLE_STEPS, row["step"]):
-            save_samples(self.out / "samples.jsonl", row["step"], window, tokenizer)
+            save_samples(self.out / "samples.jsonl", row["step"], window, self.tokenizer)
         for text in warnings(row):
             if text not in self.said:
                 self.say(f"warning: step {row['step']}: {text}")
@@ -1225,49 +1238,59 @@ class Records:
         self.bar.set_postfix_str(text + self.latest)
         self.bar.update()
 
-    def evaluate(self, step: int, student, tokenizer, final: bool) -> None:
-        if self.evaluator is not None:
-            self.evaluator.submit(step, student.state_dict(), final=final)
-            if self.cfg.save_best:
-                shutil.rmtree(self._candidate(step), ignore_errors=True)  # of a run that was killed
-                save_model(self._candidate(step), student, tokenizer)
+    def evaluate(self, step: int, final: bool = False, student=None) -> None:
+        """Write the weights of this step as a model directory and have it scored; poll deletes it or calls it best."""
+        if self.evaluator is None:
+            return
+        folder, student = self._candidate(step), student or self.student
+        discard(folder)
+        folder.parent.mkdir(exist_ok=True)
+        size = sum(p.numel() for p in student.parameters()) * self.dtype.itemsize
+        memory = Path("/dev/shm")
+        if memory.exists() and shutil.disk_usage(memory).free > 2 * size:
+            folder.symlink_to(memory / f"gold-{uuid.uuid4().hex}")
+        try:
+            save_model(folder.resolve(), student, self.tokenizer, self.dtype)
+        except (OSError, SafetensorError) as e:  # a full disk: the child will say that it found nothing
+            self.say(f"evaluation of step {step}: its weights could not be written: {e}")
+            discard(folder)
+        self.evaluator.submit(step, folder, final=final)
 
     def poll(self) -> None:
         """Log finished evaluations, each at its own step, and keep the best weights."""
         for r in self.evaluator.poll() if self.evaluator is not None else ():
             name = r["model"] if r["step"] is None else f"step {r['step']}"
-            if r["status"] != "ok":
-                self.say(f"evaluation of {name}: {r['status']}: {r.get('error', '')}")
+            if r["status"] == "ok":
+                self.say(f"evaluation of {name}: {gold_eval.one_line(r['results'])}")
+                prefix = "eval/teacher/" if r["step"] is None else "eval/"
+                flat = {prefix + k: v for k, v in gold_eval.flatten(r["results"]).items()}
+                self.run.log({"eval/step": r["step"] or 0} | flat)
                 if r["step"] is not None:
-                    shutil.rmtree(self._candidate(r["step"]), ignore_errors=True)
-                continue
-            self.say(f"evaluation of {name}: {gold_eval.one_line(r['results'])}")
-            prefix = "eval/teacher/" if r["step"] is None else "eval/"
-            flat = {prefix + k: v for k, v in gold_eval.flatten(r["results"]).items()}
-            self.run.log({"eval/step": r["step"] or 0} | flat)
+                    metric, value = gold_eval.headline(r["results"])
+                    self.latest = f" | {metric} {value:.3f} at {r['step']}"
+                self._choose_best(r)
+            else:
+                self.say(f"evaluation of {name}: {r['status']}: {r['error']}")
             if r["step"] is not None:
-                metric, value = gold_eval.headline(r["results"])
-                self.latest = f" | {metric} {value:.3f} at {r['step']}"
-            self._choose_best(r)
+                discard(self._candidate(r["step"]))
 
     def _candidate(self, step: int) -> Path:
         return self.out / "candidates" / f"step-{step:06d}"
 
     def _choose_best(self, record: dict) -> None:
-        if not self.cfg.save_best:
+        if not self.cfg.save_best or not record["step"]:
             return
-        _, value = gold_eval.headline(record["results"], self.cfg.save_best)  # raises for a metric that is none, early
-        if not record["step"]:
-            return
-        candidate = self._candidate(record["step"])
+        _, value = gold_eval.headline(record["results"], self.cfg.save_best)
         self.since_best += 1
         if value > self.best:
             self.best, self.since_best = value, 0
-            if candidate.exists():
-                shutil.rmtree(self.out / "best", ignore_errors=True)
-                candidate.rename(self.out / "best")
-                write_json(self.out / "best" / "metric.json", {"step": record["step"], self.cfg.save_best: value})
-        shutil.rmtree(candidate, ignore_errors=True)
+            if (folder := self._candidate(record["step"])).exists():
+                best, new = self.out / "best", self.out / ".best"
+                discard(new)
+                shutil.move(folder.resolve(), new)  # a copy, if it lies in memory
+                write_json(new / "metric.json", {"step": record["step"], self.cfg.save_best: value})
+                discard(best)
+                new.rename(best)
 
     def enough(self) -> bool:
         """Whether the last `early_stop` evaluations brought nothing better."""
@@ -1285,6 +1308,13 @@ class Records:
             shutil.rmtree(self.out / "candidates", ignore_errors=True)
         self.run.finish()
         return failures > 0
+
+
+def discard(folder: Path) -> None:
+    """Delete a directory, also one that a link names."""
+    shutil.rmtree(folder.resolve(), ignore_errors=True)
+    if folder.is_symlink():
+        folder.unlink()
 
 
 def run_report(out: Path, others: dict[str, Path]) -> str:
