@@ -511,7 +511,8 @@ class Stats:
     def add(self, name: str, value) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def mean(self, name: str, values: Tensor) -> None:
+    def mean(self, name: str, values) -> None:
+        values = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.float32)
         self.add(f"{name}|sum", values.sum())
         self.add(f"{name}|count", float(values.numel()))
 
@@ -521,16 +522,15 @@ class Stats:
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Over all ranks, which must have been told of the same names; a mean of nothing is left out."""
         names, most = sorted(self.sums), sorted(self.largest)
-        sums = [torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names]
-        sums, largest = torch.stack(sums), torch.tensor([self.largest[n] for n in most], device=device)
+        sums = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names])
+        largest = torch.tensor([self.largest[n] for n in most], device=device)
         if dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         out = dict(zip(names, sums.tolist())) | dict(zip(most, largest.tolist()))
         for name in [n[:-4] for n in names if n.endswith("|sum")]:
             total, count = out.pop(f"{name}|sum"), out.pop(f"{name}|count")
-            if count:
-                out[name] = total / count
+            out |= {name: total / count} if count else {}
         return out
 
 
@@ -977,7 +977,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
 
         while not finished:
             started, stats, lr = time.perf_counter(), Stats(), get_lr(cfg, run.step, run.max_steps)
-            stats.mean("timing/other", torch.tensor([started - trained]))  # records, evaluation, checkpoint before
+            stats.mean("timing/other", [started - trained])  # records, evaluation, checkpoint before
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
 
@@ -1008,9 +1008,9 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
 
             # 6) log; what one rank knows of the time or a signal is told to all with the same sums
             trained = time.perf_counter()
-            stats.mean("timing/wait", torch.tensor([generated - started]))
-            stats.mean("timing/train", torch.tensor([trained - generated]))
-            stats.mean("timing/step", torch.tensor([trained - started]))
+            stats.mean("timing/wait", [generated - started])
+            stats.mean("timing/train", [trained - generated])
+            stats.mean("timing/step", [trained - started])
             stats.max("stop", 2.0 if seen else float(records is not None and records.enough()))
             stats.max("save", float(0 < cfg.save_minutes <= (trained - saved) / 60))
             row = log_row(cfg, run, lr, grad_norm, window, stats, counts, ranks)
@@ -1115,55 +1115,51 @@ def count_tokens(samples: list[gold_data.Sample], scored: bool, device: torch.de
 
 def log_row(cfg, run, lr, grad_norm, window, stats, counts, ranks) -> dict[str, float]:
     """Everything metrics.jsonl says about one step (README, Metrics)."""
-    samples, aligned = window.samples, [s.alignment for s in window.samples if s.alignment is not None]
-    step = run.step
-    lengths = torch.tensor([float(len(s.completion_ids)) for s in samples])
+    samples, step = window.samples, run.step
+    aligned = [s.alignment for s in samples if s.alignment is not None]
+    lengths = [len(s.completion_ids) for s in samples]
     stats.mean("response_seq_len/mean", lengths)
-    stats.max("response_seq_len/max", lengths.max().item())
-    stats.max("response_seq_len/min", -lengths.min().item())
-    stats.mean("response_seq_len/truncated", torch.tensor([float(not s.finished) for s in samples]))
-    stats.mean("gold/on_policy_ratio", torch.tensor([float(s.on_policy) for s in samples]))
-    stats.mean("gold/staleness", torch.tensor([float(step - 1 - s.version) for s in samples if s.on_policy]))
-    stats.add("tokens", float(lengths.sum()))
-    stats.add("positions", float(lengths.sum() + sum(len(s.prompt_ids) for s in samples)))
+    stats.max("response_seq_len/max", max(lengths))
+    stats.max("response_seq_len/min", -min(lengths))
+    stats.mean("response_seq_len/truncated", [not s.finished for s in samples])
+    stats.mean("gold/on_policy_ratio", [s.on_policy for s in samples])
+    stats.mean("gold/staleness", [step - 1 - s.version for s in samples if s.on_policy])
+    stats.add("tokens", sum(lengths))
+    stats.add("positions", sum(lengths) + sum(len(s.prompt_ids) for s in samples))
     for a in aligned:
-        stats.add("bytes", float(a.num_bytes))
-        stats.add("scored_bytes", float(a.scored_bytes))
+        stats.add("bytes", a.num_bytes)
+        stats.add("scored_bytes", a.scored_bytes)
         student, teacher = (np.bincount(x[x >= 0], minlength=a.num_spans) for x in (a.student_span, a.teacher_span))
-        stats.mean("align/one_to_one", torch.from_numpy((student == 1) & (teacher == 1)))
+        stats.mean("align/one_to_one", (student == 1) & (teacher == 1))
         stats.max("align/largest_span", int(np.maximum(student, teacher).max(initial=0)))
     if aligned:
-        stats.mean("align/unscored", torch.tensor([float(s.num_tokens == 0) for s in samples]))
+        stats.mean("align/unscored", [s.num_tokens == 0 for s in samples])
     for name, seconds in window.seconds.items():
-        stats.mean(f"timing/{name}", torch.tensor([seconds]))
-    if ranks.device.type == "cuda":
+        stats.mean(f"timing/{name}", [seconds])
+    cuda = ranks.device.type == "cuda"
+    if cuda:
         stats.max("perf/peak_memory_gb", torch.cuda.max_memory_allocated() / 2**30)
-    row = stats.reduce(ranks.device)
+    row = {name: x for name, x in stats.reduce(ranks.device).items() if not name.startswith("nonfinite/")}
 
     row["step"], row["response_seq_len/min"] = step, -row["response_seq_len/min"]
     row["actor/jsd_loss"], row["actor/ce_loss"] = row.pop("jsd", 0.0) / counts[0], row.pop("ce", 0.0) / counts[1]
     row["actor/loss"] = row["actor/jsd_loss"] + cfg.ce_weight * row["actor/ce_loss"]
     for kind in ("on", "off"):
         total, tokens = row.pop(f"jsd_{kind}", 0.0), row.pop(f"tokens_{kind}", 0.0)
-        if tokens:
-            row[f"actor/{kind}_policy_loss"] = total / tokens
+        row |= {f"actor/{kind}_policy_loss": total / tokens} if tokens else {}
     row |= {"actor/grad_norm": grad_norm.item(), "actor/lr": lr}
     row |= {"gold/beta": cfg.beta, "gold/lmbda": cfg.lmbda, "gold/temperature": cfg.temperature}
     if aligned:
         row["align/coverage"] = row.pop("scored_bytes") / max(1.0, row.pop("bytes"))
-    row["perf/tokens_per_s"] = row["tokens"] / row["timing/step"]
-    positions = row.pop("positions") / ranks.world_size
     if "timing/teacher" in row:  # a sum over micro-batches and ranks
         row["timing/teacher"] /= ranks.world_size
-    for name in [name for name in row if name.startswith("nonfinite/")]:
-        del row[name]
-    run.num_tokens += int(row.pop("tokens"))
-    row["num_tokens"] = run.num_tokens
-    peak = [x for name, x in PEAK_FLOPS.items() if ranks.device.type == "cuda" and name in torch.cuda.get_device_name()]
-    if peak:
+    row["perf/tokens_per_s"] = row["tokens"] / row["timing/step"]
+    positions, name = row.pop("positions") / ranks.world_size, torch.cuda.get_device_name() if cuda else ""
+    if peak := next((x for card, x in PEAK_FLOPS.items() if card in name), None):
         parameters = sum(p.numel() for p in run.student.parameters())
-        row["perf/mfu/actor"] = 6 * parameters * positions / row["timing/train"] / peak[0]
-    return row
+        row["perf/mfu/actor"] = 6 * parameters * positions / row["timing/train"] / peak
+    run.num_tokens += int(row.pop("tokens"))
+    return row | {"num_tokens": run.num_tokens}
 
 
 def save_samples(path: Path, step: int, window: gold_buffer.Window, tokenizer) -> None:
@@ -1319,16 +1315,11 @@ def discard(folder: Path) -> None:
 
 def run_report(out: Path, others: dict[str, Path]) -> str:
     """Markdown: teacher, student before and after, and how other runs ended; also report.md and plots in `out`."""
-
-    def evaluations(folder: Path) -> list[tuple[int | None, dict]]:
-        return [(r["step"], r["results"]) for r in gold_eval.read_jsonl(folder / "eval.jsonl") if r["status"] == "ok"]
-
-    found = dict(evaluations(out))
+    ok = lambda folder: [r for r in gold_eval.read_jsonl(folder / "eval.jsonl") if r["status"] == "ok"]
+    found, *rest = ({r["step"]: r["results"] for r in ok(folder)} for folder in (out, *others.values()))
     last = max((step for step in found if step), default=0)
     ends = {"teacher": found.get(None), "student before": found.get(0), f"student after {last} steps": found.get(last)}
-    for name, folder in others.items():
-        ends[name] = dict(evaluations(folder)).get(last)
-    models = {name: results for name, results in ends.items() if results is not None}
+    models = {k: v for k, v in (ends | {n: r.get(last) for n, r in zip(others, rest)}).items() if v is not None}
     gold_eval.plot_runs([out, *others.values()], out / "curves.png")
     text = f"Curves: {out / 'curves.png'}\n"
     if models:
@@ -1338,7 +1329,7 @@ def run_report(out: Path, others: dict[str, Path]) -> str:
     gap = score.pop("teacher", math.nan) - (before := score.pop("student before", math.nan))
     if gap > 0:
         closed = ", ".join(f"{(x - before) / gap:.0%} ({name})" for name, x in score.items())
-        text = f"{text}Share of the gap from student before to teacher that was closed: {closed}\n"
+        text += f"Share of the gap from student before to teacher that was closed: {closed}\n"
     (out / "report.md").write_text(text)
     return text
 
@@ -1384,47 +1375,33 @@ def make_model(folder: Path, texts: list[str], bytes_level: bool, hidden: int, l
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    user, end = ("<|user|>", "<|end|>") if bytes_level else ("[INST]", "</s>")
-    tokenizer = Tokenizer(models.BPE(byte_fallback=not bytes_level))
+    tokenizer, single = Tokenizer(models.BPE(byte_fallback=not bytes_level)), [f"<0x{b:02X}>" for b in range(256)]
     if bytes_level:
+        (end, user, assistant), size = ("<|end|>", "<|user|>", "<|assistant|>"), 420
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet, size = pre_tokenizers.ByteLevel.alphabet(), 420
-        special = [end, user, "<|assistant|>"]
+        tokenizer.decoder, alphabet, single = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet(), []
     else:
+        (end, user, assistant), size, alphabet = ("</s>", "[INST]", "[/INST]"), 460, []
         space, comma = pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.Split(",", "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([space, comma])
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
-        alphabet, size = [], 460
-        special = [end, user, "[/INST]", *(f"<0x{b:02X}>" for b in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    spec = json.loads(tokenizer.to_str())
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]
-    tokenizer = Tokenizer.from_str(json.dumps(spec))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
-    turn = "{% if m['role'] == 'user' %}USER{{ m['content'] }}ASSISTANT{% else %}{{ m['content'] }}END{% endif %}"
-    turn = turn.replace("USER", user).replace("ASSISTANT", special[2]).replace("END", end)
-    fast.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence(parts)
+    how = {"special_tokens": [end, user, assistant, *single], "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **how))
+    spec = json.loads(tokenizer.to_str())  # single bytes are ordinary tokens
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in single]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token=end, pad_token=end,
+        chat_template="{% for m in messages %}{% if m['role'] == 'user' %}" + user + "{{ m['content'] }}" + assistant
+        + "{% else %}{{ m['content'] }}" + end + "{% endif %}{% endfor %}",
+    )  # fmt: skip
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-    )
+        vocab_size=len(fast), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=256,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
