@@ -30,7 +30,7 @@ Letters    N scored rows    V, U student and teacher vocabulary    H, D student 
    is a probability of *text*: it means the same for every tokenizer. `prefix_loss` compares both models' laws of the
    next byte (and of the end of the text) given the text so far, which are ratios of such sums. The other losses compare
    next-token laws where both models have a boundary (`bins_loss`), probabilities of whole spans (`alm_loss`) or sorted
-   probabilities (`uld_loss`); all three are biased, see README.
+   probabilities (`uld_loss`); all three are biased (RESULTS, The known optimum).
 
 Every loss returns a `Loss`: a *sum* with a gradient and the values it sums. Whoever calls divides.
 
@@ -392,8 +392,8 @@ def topk_jsd(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Generalized JSD over k named tokens and one bucket for all others: what a served teacher can tell.
 
-    The coarsening of both laws to k + 1 outcomes, so a lower bound of `jsd`, and never a renormalised top-k: that has
-    gradient cosine 0.49 to the true reverse KL at k = 8 (README, "what others get wrong").
+    The coarsening of both laws to k + 1 outcomes, so a lower bound of `jsd`, and never a renormalised top-k: that says
+    nothing about what the student puts on all other tokens.
 
     Args: student_logits (N, V); ids (N, k), distinct within a row; teacher_logprobs (N, k) of those ids.
     Returns: (N,) values and {"teacher_mass", "student_mass"}: (N,) probability on the named tokens.
@@ -577,7 +577,7 @@ def uld_loss(
 
     A span of several tokens is the law at its last token times the chain-rule probability of the tokens before, so that
     a span of one token is untouched. With `match`, the hybrid of GOLD: `divergence` on matched tokens, sorted L1 on the
-    rest. Both are biased: the minimum is not the teacher (README, "the known optimum").
+    rest. Both are biased: the minimum is not the teacher (RESULTS, The known optimum).
 
     Args:
         match: ids (K,), (K,) of the same K byte strings in student and teacher vocabulary; None compares sorted laws.

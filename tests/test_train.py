@@ -268,23 +268,10 @@ def test_drift_is_zero_up_to_rounding_and_staleness_is_the_lag(models, data, tmp
 
 
 def test_num_generations_takes_one_prompt_many_times(models, data, tmp_path):
-    cfg = config(models, data, tmp_path / "out", num_generations=4, lmbda=1.0, max_steps=1, sample_steps=1)
+    cfg = config(models, data, tmp_path / "out", num_generations=4, lmbda=1.0, max_steps=1)
     gold_train.train(cfg, ALONE)
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert len({s["prompt"] for s in samples}) == 1 and len({s["completion"] for s in samples}) > 1
-
-
-def test_a_streamed_data_set_trains_and_what_it_drops_is_counted(models, tmp_path, capsys):
-    answer = lambda a: None if a % 4 == 1 else f"It is {a}."
-    path = write_rows(tmp_path / "rows.jsonl", answer, n=20)
-    with open(path, "a") as file:
-        file.write(json.dumps({"prompt": "long " * 80, "completion": "too long"}) + "\n")
-    cfg = config(models, path, tmp_path / "out", "same", streaming=True, max_steps=4, max_completion_length=4)
-    gold_train.train(cfg, ALONE)
-    assert metrics(cfg.output_dir)[-1]["step"] == 4  # 32 rows, twice through the 15 usable ones and a bit
-    line = next(x for x in capsys.readouterr().out.splitlines() if "while streaming" in x)
-    counts = {why: int(n) for n, why in re.findall(r"(\d+) ([a-z][^,]*)", line)}
-    assert counts["without an answer"] >= 10 and counts[gold_train.TOO_LONG] == 2
 
 
 def test_epochs_decide_the_number_of_steps(models, data, tmp_path):
@@ -300,7 +287,7 @@ def test_epochs_decide_the_number_of_steps(models, data, tmp_path):
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(models, data, tmp_path, lag):
-    cfg = config(models, data, tmp_path / "whole", max_steps=9, save_steps=3, lag=lag, sample_steps=2)
+    cfg = config(models, data, tmp_path / "whole", max_steps=9, save_steps=3, lag=lag)
     gold_train.train(cfg, ALONE)
     cut = dataclasses.replace(cfg, output_dir=str(tmp_path / "cut"), max_steps=9)
     process, path = start(cut), tmp_path / "cut" / "metrics.jsonl"
@@ -359,8 +346,9 @@ def test_only_the_newest_checkpoints_are_kept_and_transformers_loads_them(models
     "change, message",
     [
         ({"lmbda": 0.75}, r"lmbda.*0.5 -> 0.75"),
-        ({"eval_ratio": 0.3}, r"rows.*40 -> 28"),
-        ({"per_device_train_batch_size": 2}, r"slots.*8 -> 4"),
+        ({"eval_ratio": 0.3}, r"eval_ratio.*0.0 -> 0.3.*rows_hash"),
+        ({"per_device_train_batch_size": 2}, r"window.*8 -> 4"),
+        ({"beta": 0.3}, r"beta.*0.5 -> 0.3"),
         ({"weight_decay": 0.1}, r"weight_decay"),
     ],
 )
@@ -410,7 +398,9 @@ def test_a_run_folder_is_complete(evaluated):
     names = {path.name for path in evaluated.iterdir()}
     assert {"config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "eval.jsonl", "checkpoints"} <= names
     environment = json.loads((evaluated / "environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__ and len(environment["commit"]) in (0, 40)
+    assert environment["versions"]["torch"] == torch.__version__ and len(
+        environment["commit"].removesuffix("-dirty")
+    ) in (0, 40)
     assert Config(**json.loads((evaluated / "config.json").read_text())).seed == 5
     text = gold_train.run_report(evaluated, {})
     assert "student before" in text and "student after 6 steps" in text and "teacher" in text
@@ -423,7 +413,7 @@ def test_every_metric_of_the_design_is_logged(evaluated):
         actor/loss actor/jsd_loss actor/ce_loss actor/on_policy_loss actor/off_policy_loss actor/entropy actor/grad_norm
         actor/lr align/coverage align/one_to_one align/largest_span response_seq_len/mean response_seq_len/min
         response_seq_len/max response_seq_len/truncated timing/generate timing/sync timing/teacher timing/train
-        timing/wait timing/step timing/other perf/tokens_per_s"""
+        timing/wait timing/step timing/other perf/tokens_per_s align/unscored actor/skipped"""
     assert set(expected.split()) == set(row)
     assert all(isinstance(value, (int, float)) for value in row.values())
     readme = (ROOT / "README.md").read_text()
@@ -540,7 +530,6 @@ BAD = {
     "a negative seed": (("--seed", "-1"), r"seed must be in"),
     "evaluation steps without evaluation": (("--eval-steps", "5"), r"nothing to evaluate"),
     "a sampler device without lag": (("--sampler-device", "cpu"), r"--lag"),
-    "steps of a streamed set": (("--streaming", "--max-steps", "None"), r"--max-steps"),
     "nothing to resume": (("--resume",), r"nothing to resume"),
 }  # fmt: skip
 
@@ -587,7 +576,7 @@ def test_the_evaluation_gpu_must_be_free(monkeypatch):
 
 
 def test_help_explains_every_flag(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")
     code, text = call(monkeypatch, capsys, "--help")
     assert code == 0
     words = re.sub(r"[^\x21-\x7e]+", " ", text)
