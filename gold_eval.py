@@ -5,17 +5,15 @@
     python gold_eval.py --model DIR --tasks gsm8k=rows.jsonl           the same task on rows of your own
     python gold_eval.py --runs out/a out/b                             curves of training runs, over steps and tokens
 
-A task of your own is a grader and an entry in TASKS (`row` is a gold_data.Row; put this below TASKS):
+A task of your own is a grader and an entry in TASKS, put below it (`row` is a gold_data.Row):
 
     def grade_shouting(text, row):
         return Grade("ok" if text.isupper() else "quiet")
 
     TASKS["shouting"] = Task("prompts.jsonl", grade_shouting, classes=("ok", "quiet"), needs=())
 
-Every accuracy comes with the number of questions and a standard error. From top to bottom: graders, tasks, scores, the
-evaluator (a thread that supervises, a child process that works), tables and plots, command line.
-
-This file knows nothing about the teacher, losses, lmbda, DDP or wandb.
+From top to bottom: graders, tasks, scores, the evaluator (a thread that supervises, a child process that works), tables
+and plots, command line. This file knows nothing about the teacher, losses, lmbda, DDP or wandb.
 """
 
 import contextlib
@@ -90,11 +88,11 @@ def last_answer(text: str) -> str | None:
     return None
 
 
-def plain_arithmetic(text: str) -> str:
-    """Unicode and LaTeX spellings of + - * / ( ) as ASCII. Not read: x as times, 2(3), words, thousands commas."""
-    for pattern, replacement in LATEX:
+def rewrite(text: str, rules: Iterable[tuple[re.Pattern, str]]) -> str:
+    """The text after these substitutions, one after the other."""
+    for pattern, replacement in rules:
         text = pattern.sub(replacement, text)
-    return text.translate(ONE_SPELLING).strip().rstrip(".").rstrip()
+    return text
 
 
 def calculate(text: str) -> tuple[Fraction, list[int]]:
@@ -104,9 +102,9 @@ def calculate(text: str) -> tuple[Fraction, list[int]]:
 
     Raises ValueError for anything else or what is too long or too deep, ZeroDivisionError for a division by zero.
     """
+    tokens, used = ["", *reversed(re.findall(r"[0-9]+|\S", text))], []  # taken from the back; "" is the end
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{len(text)} characters")
-    tokens, used = ["", *reversed(re.findall(r"[0-9]+|\S", text))], []  # taken from the back; "" is the end
     value = _calculate(tokens, used)
     if tokens != [""]:
         raise ValueError(f"{tokens[-1]!r} is not expected")
@@ -137,16 +135,16 @@ def classify(text: str, nums: Iterable[int], target: int, rule: Literal["exact",
     """What is wrong first, in the order of the public verifier behind the published tables; or "ok". Never raises.
 
     The answer is the last complete pair of tags, cut at its last "="; numbers are counted on the left only. Rule
-    "exact" wants every number once, "at_most" none of them more often than given.
+    "exact" wants every number once, "at_most" none of them more often than given. Spellings of + - * / ( ) in Unicode
+    and LaTeX are read; x as times, 2(3), words and thousands commas are not.
     """
-    answer = (last_answer(text) or "").strip()
+    answer, failure = (last_answer(text) or "").strip(), "lhs_parse_or_eval_error"
     if len(answer) > 4 * MAX_CHARACTERS:
-        return "lhs_parse_or_eval_error"
-    answer = plain_arithmetic(answer)
+        return failure
+    answer = rewrite(answer, LATEX).translate(ONE_SPELLING).strip().rstrip(".").rstrip()
     if not answer:
         return "missing_answer_tags"
     left, _, right = answer.rpartition("=") if "=" in answer else (answer, "", "")
-    failure = "lhs_parse_or_eval_error"
     try:
         value, used = calculate(left)
         extra, missing = Counter(used) - Counter(nums), Counter(nums) - Counter(used)
@@ -166,50 +164,82 @@ def grade_countdown(text: str, row: Row) -> Grade:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# graders of mathematics
+# graders of mathematics: each reads the row's own answer first and raises ValueError if it cannot
 
 MATH_CLASSES = ("ok", "no_answer", "wrong_value")
-NUMBER = r"(?:(?<![\w)])-)?\$?\d+(?:,\d{3})*(?:\.\d+)?"  # 1,234.5; the minus of 16-9 is not a sign
+PLAIN = (  # how numbers are written, one spelling each, in this order
+    (re.compile(r"[−﹣－]|–(?=[\d.$])"), "-"),
+    (re.compile(r"(?<=\d)(?:\{,\}|,?\\[,;:!]|[ \u00a0\u2009\u202f_])(?=\d{3}(?!\d))"), ","),  # 1 000 is 1,000
+    (re.compile(r"(^|[=:([{$#*]|\bis|\bequals)([^\S\n]*)-[^\S\n]+(?=[\d.$\\])"), r"\1\2-"),  # but not in 16 - 9
+    (re.compile(r"(?<=\d)\s*(?=\\[dt]?frac)"), " "),
+    (re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))"), r"\1\2/\3\4"),
+)
+DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
+NUMBER = (  # -$1,234.5 or 2 1/2; the minus of 16-9 is no sign, and the 2 of cm^2, m2 and x^{2} no number
+    rf"((?<![\w)}}\]])-)?\\?[$€£]?(?<![a-z^\d])(?<!\^\{{)(?:(\d+) (?=\d+ ?/ ?\d))?({DECIMAL})(?: ?/ ?({DECIMAL}))?"
+)
+
+
+def number(text: str, which: int = -1, mark: str = "") -> Fraction | None:
+    """The last number of a text, or another one, of those behind a mark.
+
+    None if there is none, or one over 0 or of absurd length (Python refuses 4300 digits).
+    """
+    found = list(re.finditer(mark + NUMBER, rewrite(text, PLAIN)))
+    sign, whole, top, bottom = (x and x.replace(",", "") for x in found[which].groups()) if found else [None] * 4
+    if top is None or len(found[which][0]) > 100 or Fraction(bottom or 1) == 0:
+        return None
+    return (-1 if sign else 1) * (Fraction(whole or 0) + Fraction(top) / Fraction(bottom or 1))
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last complete \boxed{...}, None without one. Linear in the length of the text."""
+    found, start, opened = None, -1, []
+    for token in re.finditer(r"\\boxed\s*\{|[{}]", text):
+        if token[0] != "}":
+            opened.append(token)
+        elif opened and len((first := opened.pop())[0]) > 1 and first.end() > start:
+            start = first.end()
+            found = text[start : token.start()]
+    return found
+
+
+def final_number(text: str) -> Fraction | None:
+    r"""The last number in the last \boxed{}, or without one there the last of the text."""
+    in_box = number(boxed(text) or "")
+    return number(text) if in_box is None else in_box
+
+
+def reference(row: Row) -> Fraction:
+    gold = final_number(str(row.answer))
+    if gold is None:
+        raise ValueError(f"{row.answer!r} is no number")
+    return gold
 
 
 def verdict(found: object | None, gold: object) -> str:
     return "no_answer" if found is None else "ok" if found == gold else "wrong_value"
 
 
-def last_number(text: str) -> Fraction | None:
-    """The last number of a text; None if there is none, or one of absurd length (Python refuses 4300 digits)."""
-    found = re.findall(NUMBER, text)
-    return Fraction(re.sub(r"[$,]", "", found[-1])) if found and len(found[-1]) < 100 else None
-
-
-def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} with balanced braces, None without one."""
-    start, depth = text.rfind("\\boxed{"), 0
-    for i in range(start + 6, len(text) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start + 7 : i]
-    return None
-
-
 def grade_gsm8k(text: str, row: Row) -> Grade:
-    """Right if the number after the first "####" is, or without one the last number; `strict` demands the "####".
+    """Right if the number after the first "####" is, or without one the final number; `strict` demands the "####".
 
-    The two extractions of lm-eval, except that here the flexible one prefers the marked number.
+    The two extractions of lm-eval, except that here the flexible one prefers the marked and the boxed number.
     """
-    marked = re.search(rf"####\s*({NUMBER})", text)
-    reason = verdict(last_number(marked[1] if marked else text), last_number(str(row.answer)))
+    gold, marked = reference(row), number(text, 0, r"####\s*")
+    reason = verdict(final_number(text) if marked is None else marked, gold)
     return Grade(reason, {"strict": reason == "ok" and marked is not None})
 
 
 def grade_integer(text: str, row: Row) -> Grade:
-    r"""AIME: the last number in the last \boxed{}, or without one the last of the text, is the integer `answer`."""
-    found = last_number(boxed(text) or "")
-    return Grade(verdict(last_number(text) if found is None else found, int(row.answer)))
+    gold = reference(row)
+    if gold.denominator != 1:
+        raise ValueError(f"{row.answer!r} is no integer")
+    return Grade(verdict(final_number(text), gold))
 
 
 def grade_math(text: str, row: Row) -> Grade:
-    r"""Compare the values with math-verify, at most five seconds a step.
+    r"""Compare the values with math-verify, at most five seconds a step; of several boxes the last one counts.
 
     The reference is the row's answer, or the \boxed{} of its completion.
     Raises RuntimeError outside the main thread: math-verify's time limit is a signal, and only that thread gets one.
@@ -218,10 +248,14 @@ def grade_math(text: str, row: Row) -> Grade:
 
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("mathematics is graded in the main thread only: use Evaluator, whose child has one")
-    box, end = boxed(text), text[-3000:]  # math-verify finds nothing in time in a text of many pages
-    gold = boxed(row.completion or "") if row.answer is None else row.answer
-    answer = parse(f"\\boxed{{{box}}}" if box is not None and "\\boxed" not in end else end)
-    return Grade(verdict(verify(parse(f"\\boxed{{{gold}}}"), answer) if answer else None, True))
+    gold, box = str(row.completion if row.answer is None else row.answer), boxed(text)
+    if row.answer is None or boxed(gold) is not None:
+        gold = boxed(gold) or ""
+    if not (right := parse(f"\\boxed{{{gold}}}")):
+        raise ValueError(f"{gold!r} is no mathematics")
+    # without a box the end: math-verify finds nothing in time in a text of many pages
+    answer = parse(text[-3000:] if box is None else f"\\boxed{{{box}}}")
+    return Grade(verdict(verify(right, answer) if answer else None, True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,7 +269,7 @@ class Task:
     subset: str | None = None
     split: str = "test"
     classes: tuple[str, ...] = MATH_CLASSES  # the reasons that `grade` gives, as the table shows them
-    also: tuple[str, ...] = ()  # further verdicts that `grade` gives
+    also: tuple[str, ...] = ()  # its further verdicts
     needs: tuple[str, ...] = ("answer",)  # what every row must have: answer, completion or columns of the data set
     few_shot: int = 0  # solved examples before the question, as turns of the chat: the first rows of the split train
     instruction: str = ""  # put behind the question
@@ -247,11 +281,12 @@ class Task:
 BOX = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 COUNTDOWN = Task("countdown", grade_countdown, classes=COUNTDOWN_CLASSES, also=("at_most",), needs=("nums", "target"))
 OPENR1 = Task("HuggingFaceTB/OpenR1-Math-220k-default-verified", grade_math, "all", needs=("completion",))
+STOP = ("\nQuestion:", "\n\nUser:")
 TASKS = {
     "countdown": COUNTDOWN,  # made on the spot, no network
     "countdown-mini": replace(COUNTDOWN, dataset="countdown-mini", max_new_tokens=64),
     "countdown-gold": replace(COUNTDOWN, dataset="HuggingFaceTB/Countdown-Task-GOLD", subset="test"),
-    "gsm8k": Task("openai/gsm8k", grade_gsm8k, "main", also=("strict",), few_shot=5, stop=("\nQuestion:", "\n\nUser:")),
+    "gsm8k": Task("openai/gsm8k", grade_gsm8k, "main", also=("strict",), few_shot=5, stop=STOP),
     "math500": Task("HuggingFaceH4/MATH-500", grade_math, instruction=BOX, max_new_tokens=4096),
     "aime": Task("HuggingFaceH4/aime_2024", grade_integer, split="train", instruction=BOX, max_new_tokens=8192),
     "aime25": Task("yentinglin/aime_2025", grade_integer, split="train", instruction=BOX, max_new_tokens=8192),
@@ -284,15 +319,19 @@ def parse_tasks(tasks: Iterable[str]) -> list[Task]:
 
 
 def few_shot_rows(task: Task) -> list[Row]:
+    """The solved examples. Raises ValueError if there are fewer than the task wants."""
     rows = gold_data.iter_rows(task.dataset, task.subset, "train") if task.few_shot else ()
-    return list(itertools.islice((row for row in rows if row.completion), task.few_shot))
+    found = list(itertools.islice((row for row in rows if row.completion), task.few_shot))
+    if len(found) < task.few_shot:
+        raise ValueError(f"task {task.name}: {task.dataset} has {len(found)} solved examples, not {task.few_shot}")
+    return found
 
 
 def load_task_rows(task: str | Task, max_samples: int | None = None, seed: int = 0) -> list[Row]:
     """The rows a task asks, with their prompts as they are in the data set (for gold_data.without).
 
     The few-shot examples are not among them. `max_samples` rows are drawn by `seed`, the same ones for every model.
-    Raises ValueError if a row lacks what the task needs.
+    Raises ValueError if a row lacks what the task needs or has an answer that cannot be graded, or no row is left.
     """
     task = parse_tasks([task])[0] if isinstance(task, str) else task
     split = task.split
@@ -305,8 +344,16 @@ def load_task_rows(task: str | Task, max_samples: int | None = None, seed: int =
         if lacks:
             raise ValueError(f"task {task.name}: row {number} of {task.dataset} has no {' and no '.join(lacks)}")
     rows = gold_data.without(rows, few_shot_rows(task))[0]
+    if not rows:
+        raise ValueError(f"task {task.name}: no question of {task.dataset} is left besides {task.few_shot} examples")
     if max_samples is not None and max_samples < len(rows):
         rows = [rows[i] for i in sorted(random.Random(f"{task.name} {seed}").sample(range(len(rows)), max_samples))]
+    for row in rows if task.grade else ():
+        try:
+            task.grade("", row)
+        except (ValueError, TypeError, LookupError, ArithmeticError) as e:
+            asked = f"row {row.prompt[-1]['content'][:80]!r} of {task.dataset}"
+            raise ValueError(f"task {task.name}: the grader cannot read the answer of {asked}: {e}") from e
     return rows
 
 
@@ -363,22 +410,22 @@ def open_model(name: str, revision: str | None, device: str, options: Options):
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    dtype, limit, cpu = options.torch_dtype(device), options.max_length, device.startswith("cpu")
+    dtype, limit = options.torch_dtype(device), options.max_length
     if options.engine == "vllm":
         limit = min(limit, gold_buffer.positions(AutoConfig.from_pretrained(name, revision=revision)))
-        memory = 2**28 if cpu else options.vllm_memory  # a share of "its" memory would be one of the machine's
+        memory = 2**28 if device == "cpu" else options.vllm_memory  # there its share would be one of the machine's
         how = {"revision": revision, "deadline": math.inf, "load_format": "auto"}
         return gold_buffer.VLLMSampler(name, limit, str(dtype)[6:], memory, **how), tokenizer
-    model = gold_buffer.load_model(name, revision, dtype, device).eval()
+    model = gold_buffer.load_model(name, revision, dtype, device)
     how = {"max_batch_tokens": options.batch_tokens, "limit": limit, "progress": True}
-    return gold_buffer.HFSampler(model, own=True, **how), tokenizer
+    return gold_buffer.HFSampler(model.eval(), own=True, **how), tokenizer
 
 
 def evaluate(model, tokenizer, tasks: Iterable[str], save_to: str | Path | None = None, **options) -> dict[str, dict]:
     """{task: {"n", "accuracy", "se", "classes", ...}} of a model.
 
     Args:
-        model: a causal LM of transformers, left as it was found, or one of gold_buffer's samplers or anything like
+        model: a causal LM of transformers, left as it was found; or one of gold_buffer's samplers or anything like
             them: generate(requests, sampling) -> rollouts; score(sequences) -> for each the natural log probability
             (float64) of every token but the first; limit: tokens of prompt and answer; window: tokens that score reads
             at a time; end_ids.
@@ -404,26 +451,31 @@ def evaluate(model, tokenizer, tasks: Iterable[str], save_to: str | Path | None 
 
 def accuracy(model, tokenizer, task: Task, options: Options) -> tuple[dict, list[dict]]:
     """(result, answers) of a task with a grader. Counts are over all answers; `se` is over questions."""
-    rows, examples = load_task_rows(task, options.max_samples, options.seed), few_shot_rows(task)
+    rows, examples, k = (
+        load_task_rows(task, options.max_samples, options.seed),
+        few_shot_rows(task),
+        options.num_samples,
+    )
     prompts = [gold_data.encode_prompt(tokenizer, task_messages(task, row, examples)) for row in rows]
-    k, ends = options.num_samples, gold_data.end_ids(tokenizer, model.end_ids)
+    ends, fits = gold_data.end_ids(tokenizer, model.end_ids), [len(prompt) < model.limit for prompt in prompts]
+    seeds = [np.random.SeedSequence([options.seed, i]).generate_state(k).tolist() for i in range(len(rows))]
+    requests = [gold_buffer.Request(prompts[i], seed) for i in range(len(rows)) for seed in seeds[i] if fits[i]]
     sampling = gold_buffer.Sampling(options.max_new_tokens or task.max_new_tokens, options.temperature, end_ids=ends)
-    fits = [i for i, prompt in enumerate(prompts) if len(prompt) < model.limit]
-    seeds = {i: np.random.SeedSequence([options.seed, i]).generate_state(k).tolist() for i in fits}
-    requests = [gold_buffer.Request(prompts[i], seed) for i in fits for seed in seeds[i]]
-    rollouts = iter(model.generate(requests, sampling))
-    completions = {i: [r.completion_ids for r in itertools.islice(rollouts, k)] for i in fits}
-    classes, also, answers = Counter(dict.fromkeys(task.classes, 0)), Counter(), []
-    for i, (row, prompt) in enumerate(zip(rows, prompts)):
-        for ids in completions.get(i, [[]] * k):  # no room, no answer
-            whole = tokenizer.decode(ids, skip_special_tokens=True)
-            text = whole[: min((whole.find(s) for s in task.stop if s in whole), default=None)]
-            grade = task.grade(text, row)
-            classes[grade.reason] += 1
-            also.update(grade.also)
-            truncated = text == whole and (not ids or ids[-1] not in ends)
-            answer = {"prompt": tokenizer.decode(prompt), "completion": text, "reason": grade.reason}
-            answers.append(answer | {"truncated": truncated, "tokens": len(ids), "answer": row.answer} | row.meta)
+    rollouts, answers, also = iter(model.generate(requests, sampling)), [], Counter()
+    for i, row in ((i, row) for i, row in enumerate(rows) for _ in range(k)):
+        ids = next(rollouts).completion_ids if fits[i] else []  # no room, no answer
+        whole = tokenizer.decode(ids, skip_special_tokens=True)
+        text = whole[: min((whole.find(s) for s in task.stop if s in whole), default=None)]
+        grade = task.grade(text, row)
+        also.update(grade.also)
+        answer = {
+            "prompt": tokenizer.decode(prompts[i]),
+            "completion": text,
+            "reason": grade.reason,
+            "tokens": len(ids),
+        }
+        answer["truncated"] = text == whole and (not ids or ids[-1] not in ends)
+        answers.append(answer | {"answer": row.answer, "row": row.meta})  # whose columns may have any name
     right = np.array([answer["reason"] == "ok" for answer in answers]).reshape(len(rows), k)
     return {
         "n": len(rows),
@@ -433,10 +485,9 @@ def accuracy(model, tokenizer, task: Task, options: Options) -> tuple[dict, list
         "se": float(right.mean(1).std() / math.sqrt(len(rows))),
         **{f"accuracy_{name}": count / len(answers) for name, count in also.items()},
         **{f"pass@{j}": pass_at(j, right) for j in powers(k)},
-        "classes": dict(classes),
-        "truncated": float(np.mean([answer["truncated"] for answer in answers])),
-        "too_long": len(rows) - len(fits),
-        "tokens": float(np.mean([answer["tokens"] for answer in answers])),
+        "classes": dict.fromkeys(task.classes, 0) | Counter(answer["reason"] for answer in answers),
+        "too_long": fits.count(False),
+        **{name: float(np.mean([answer[name] for answer in answers])) for name in ("truncated", "tokens")},
     }, answers
 
 
@@ -476,8 +527,7 @@ def perplexity(model, tokenizer, task: Task, options: Options) -> tuple[dict, li
     rows, totals, stream, parts = load_task_rows(task, options.max_samples, options.seed), [], [], []
     for row in rows:
         asked = "\n".join(m["content"] for m in row.prompt if m["role"] == "user")
-        context, space = (f"Question: {asked}\nAnswer:", " ") if row.prompt else ("", "")
-        answer = space + row.completion
+        context, answer = (f"Question: {asked}\nAnswer:", f" {row.completion}") if row.prompt else ("", row.completion)
         ids, size = encode(context + answer), len(answer.encode())
         of_answer = {"answer_tokens": len(ids) - len(encode(context)), "answer_bytes": size}
         totals.append({"tokens": len(ids), "bytes": len(context.encode()) + size} | of_answer)
@@ -494,11 +544,10 @@ def perplexity(model, tokenizer, task: Task, options: Options) -> tuple[dict, li
     rate = sums["nll"] / sums["bytes"]  # nats per byte
     spread = math.sqrt(sum((total["nll"] - rate * total["bytes"]) ** 2 for total in totals))  # of a ratio of two sums
     result = {"n": len(rows), "tokens": sums["tokens"], "bytes": sums["bytes"]}
-    result |= {"perplexity": math.exp(sums["nll"] / sums["tokens"]), "bits_per_byte": rate / math.log(2)}
+    for name in ("", "answer_") if rows[0].prompt else ("",):
+        result[f"{name}perplexity"] = math.exp(sums[f"{name}nll"] / sums[f"{name}tokens"])
+        result[f"{name}bits_per_byte"] = sums[f"{name}nll"] / sums[f"{name}bytes"] / math.log(2)
     result["se"] = spread / sums["bytes"] / math.log(2)
-    if rows[0].prompt:
-        result["answer_perplexity"] = math.exp(sums["answer_nll"] / sums["answer_tokens"])
-        result["answer_bits_per_byte"] = sums["answer_nll"] / sums["answer_bytes"] / math.log(2)
     body = min(options.wrap, model.window) - 2
     chunks = [[prefix, *stream[i : i + body], eos] for i in range(0, len(stream) - body + 1, body)]
     if chunks:
@@ -506,20 +555,20 @@ def perplexity(model, tokenizer, task: Task, options: Options) -> tuple[dict, li
     return result, totals
 
 
+GRADED = "n samples correct accuracy se too_long truncated tokens seconds"
+MEASURED = (
+    "n tokens bytes perplexity bits_per_byte answer_perplexity answer_bits_per_byte se wrapped_perplexity seconds"
+)
 MAIN = ("/accuracy", "/bits_per_byte")  # the number that stands for a task
 
 
 def metrics(tasks: Iterable[Task], num_samples: int = 1) -> list[str]:
-    """What these tasks report, as flatten names it."""
+    """The numbers that these tasks report, as flatten names them."""
     names = []
     for task in tasks:
-        found = ["n", "tokens", "bytes", "perplexity", "bits_per_byte", "se", "answer_perplexity"]
-        found += ["answer_bits_per_byte", "wrapped_perplexity"]
-        if task.grade:
-            found = ["n", "samples", "correct", "accuracy", "se", "truncated", "too_long", "tokens"]
-            found += [*(f"accuracy_{name}" for name in task.also), *(f"classes/{name}" for name in task.classes)]
-            found += [f"pass@{j}" for j in powers(num_samples)]
-        names += [f"{task.name}/{name}" for name in [*found, "seconds"]]
+        more = [f"accuracy_{name}" for name in task.also] + [f"classes/{name}" for name in task.classes]
+        more += [f"pass@{j}" for j in powers(num_samples)]
+        names += [f"{task.name}/{name}" for name in (GRADED.split() + more if task.grade else MEASURED.split())]
     return names
 
 
@@ -529,10 +578,9 @@ def headline(results: dict[str, dict], metric: str | None = None) -> tuple[str, 
     `metric` is "countdown/accuracy" or just "countdown"; None is the first task.
     Raises ValueError that lists what there is.
     """
-    numbers = flatten(results)
-    task, _, name = (metric or next(iter(results))).partition("/")
-    name = f"{task}/{name or ('accuracy' if f'{task}/accuracy' in numbers else 'bits_per_byte')}"
-    if name not in numbers:
+    numbers, name = flatten(results), metric or next(iter(results))
+    name = next((name + main for main in ("", *MAIN) if name + main in numbers), None)
+    if name is None:
         raise ValueError(f"there is no metric {metric!r} among the results: {', '.join(sorted(numbers))}")
     small = "perplexity" in name or "bits_per_byte" in name
     return (f"-{name}", -numbers[name]) if small else (name, numbers[name])
@@ -561,12 +609,12 @@ def flatten(nested: dict, prefix: str = "") -> dict[str, float]:
 
 
 class Evaluator:
-    """Scores model directories while training goes on, in a child process.
+    """Scores model directories, while training goes on, in a child process.
 
     A thread could not: Python work in it slows training up to a hundredfold (one interpreter lock), and it cannot be
-    killed. So the thread here only waits; the child does the work, and dies with its parent or at its time limit. They
-    talk in lines of JSON: {"step", "model", "dir", "revision"} on the child's stdin, {"status", "results" or "error"}
-    on its stdout. One child serves all steps of a model: only its weights are read again.
+    killed. So the thread here only waits; the child dies with its parent or at its time limit. They talk in lines of
+    JSON: {"step", "model", "dir", "revision"} on the child's stdin, {"status", "results" or "error"} on its stdout. One
+    child serves all steps of a model: only its weights are read again.
 
     Each submit is answered by exactly one record {"step", "model", "status", "seconds", "results", "error"}: status ok,
     error (an exception), crashed, timeout, dropped (a newer one took its place, or close came before its turn) or
@@ -586,21 +634,24 @@ class Evaluator:
         policy: Literal["drop_oldest", "wait"] = "drop_oldest", timeout: float | None = 3600.0, max_failures: int = 3,
         echo: bool = False, **options,
     ):  # fmt: skip
-        tasks, self.out, self.policy, self.timeout, self.echo = list(tasks), Path(out), policy, timeout, echo
         if policy not in ("drop_oldest", "wait"):
             raise ValueError(f"policy {policy!r} is neither drop_oldest nor wait")
-        if not parse_tasks(tasks):
+        if not parse_tasks(tasks := list(tasks)):
             raise ValueError(f"no task to evaluate on: choose among {', '.join(TASKS)}")
+        self.out, self.policy, self.timeout, self.max_failures, self.echo = (
+            Path(out),
+            policy,
+            timeout,
+            max_failures,
+            echo,
+        )
         self.setup = {"parent": os.getpid(), "tasks": tasks, "out": str(out), "device": device.split(":")[0]}
         self.setup |= {"alone": echo, "options": asdict(Options(**options))}
-        self.max_failures, self.env = max_failures, child_env(device)
-        self.waiting: deque[tuple[dict, bool]] = deque()  # (job, whether it may not be dropped)
+        self.env, self.child, self.model = child_env(device), None, None  # the process, and whose weights it has
+        self.waiting: deque[tuple[dict, bool]] = deque()  # (job, whether it is never dropped)
         self.records: queue.SimpleQueue[dict] = queue.SimpleQueue()
         self.counts: Counter[str] = Counter()  # of statuses
-        self.changed = threading.Condition()
-        self.closed, self.cut_short = False, False
-        self.disabled = ""  # why, after too many failures
-        self.child, self.model = None, None  # the process, and the name of the model it has opened
+        self.changed, self.closed, self.cut_short, self.disabled = threading.Condition(), False, False, ""
         self.out.mkdir(parents=True, exist_ok=True)
         self.thread = threading.Thread(target=self._supervise, name="evaluator", daemon=True)
         self.thread.start()
@@ -608,12 +659,7 @@ class Evaluator:
     # ---- the trainer's side
 
     def submit(
-        self,
-        step: int | None,
-        folder: str | Path,
-        final: bool = False,
-        model: str = "student",
-        revision: str | None = None,
+        self, step: int | None, folder: str | Path, final=False, model: str = "student", revision: str | None = None
     ) -> None:
         """Have a model directory scored, which has to stay until its record is there; other models have no step."""
         job = {"step": step, "model": model, "dir": str(folder), "revision": revision}
@@ -657,7 +703,7 @@ class Evaluator:
     def failures(self) -> int:
         return sum(self.counts[status] for status in ("error", "crashed", "timeout"))
 
-    def _record(self, job: dict, status: str, *, seconds=0.0, results=None, error="") -> None:
+    def _record(self, job: dict, status: str, seconds: float = 0.0, results=None, error: str = "") -> None:
         record = {"step": job["step"], "model": job["model"], "status": status, "seconds": round(seconds, 3)}
         record |= {"results": results or {}} | ({"error": error} if error else {})
         with self.changed:
@@ -698,38 +744,35 @@ class Evaluator:
 
     def _ask(self, job: dict) -> dict:
         """The child's answer, or what became of it."""
-        start, late = time.monotonic(), threading.Event()
         if self.child is None or self.child.poll() is not None or self.model != job["model"]:
             stop(self.child)
-            self.child, self.model = self._spawn(), job["model"]
+            with open(self.out / "eval.log", "a") as log:
+                self.child = subprocess.Popen(
+                    [sys.executable, "-X", "faulthandler", self.script, "--serve", json.dumps(self.setup)],
+                    env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None if self.echo else log,
+                    bufsize=0, start_new_session=True,  # what it starts is killed with it, and Ctrl-C is ours to handle
+                )  # fmt: skip
+            self.model = job["model"]
+        late, answer = threading.Event(), None
         timer = threading.Timer(self.timeout, lambda: (late.set(), stop(self.child)))
-        timer.daemon = True
         timer.start()
         try:
             self.child.stdin.write(json.dumps(job).encode() + b"\n")
             lines = (x for x in self.child.stdout if x.startswith(b'{"status"') and x.endswith(b"\n"))
             answer = json.loads(next(lines, "null"))  # other lines were printed before serve took over
-        except BrokenPipeError:  # it died before it could read
-            answer = None
+        except BrokenPipeError:
+            pass  # it died before it could read
         finally:
             timer.cancel()
             timer.join()
         if late.is_set() or (self.cut_short and answer is None):
-            return {"status": "timeout", "error": f"no answer in {time.monotonic() - start:.0f} seconds, child killed"}
+            return {"status": "timeout", "error": "no answer in time, child killed"}
         if answer is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.child.wait(5)
             stop(self.child)
             answer = {"status": "crashed", "error": f"exit code {self.child.returncode}, see {self.out}/eval.log"}
         return answer
-
-    def _spawn(self) -> subprocess.Popen:
-        with open(self.out / "eval.log", "a") as log:
-            return subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", self.script, "--serve", json.dumps(self.setup)],
-                env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None if self.echo else log,
-                bufsize=0, start_new_session=True,  # what it starts is killed with it, and Ctrl-C is ours to handle
-            )  # fmt: skip
 
 
 def stop(child: subprocess.Popen | None) -> None:
@@ -744,15 +787,14 @@ def child_env(device: str) -> dict[str, str]:
     """The environment of the child: one GPU or none, and no trace of torchrun. Raises ValueError for a missing GPU."""
     torchrun = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)$")
     env = {name: value for name, value in os.environ.items() if not torchrun.match(name)}
-    env["OMP_WAIT_POLICY"] = "passive"  # spinning threads beside a busy process: 40 times slower
-    if device.startswith("cpu"):
-        return env | {"CUDA_VISIBLE_DEVICES": ""}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")
-    index = torch.device(device).index or 0
-    if index >= len(gpus) or not gpus[index]:
-        raise ValueError(f"the evaluation device {device} does not exist: the GPUs here are {gpus}")
-    return env | {"CUDA_VISIBLE_DEVICES": gpus[index]}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "passive"}  # spinning beside a busy process: 40 times slower
+    if not device.startswith("cpu"):
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        index = torch.device(device).index or 0
+        if index >= len(gpus) or not gpus[index]:
+            raise ValueError(f"the evaluation device {device} does not exist: the GPUs here are {gpus}")
+        env["CUDA_VISIBLE_DEVICES"] = gpus[index]
+    return env
 
 
 def serve(setup: str) -> None:
@@ -768,8 +810,7 @@ def serve(setup: str) -> None:
         os.nice(10)  # training goes first, ...
         with contextlib.suppress(OSError):  # ... also where Linux shares the cores among sessions before processes
             Path("/proc/self/autogroup").write_text("10")
-    for line in sys.stdin:
-        job = json.loads(line)
+    for job in map(json.loads, sys.stdin):
         name = re.sub(r"[^\w.-]+", "_", job["model"]) if job["step"] is None else f"step-{job['step']:06d}"
         try:
             if model is None:
@@ -777,8 +818,11 @@ def serve(setup: str) -> None:
             else:
                 weights = gold_buffer.load_model(job["dir"], job["revision"], options.torch_dtype(device), "cpu")
                 model.load_weights(weights.state_dict(), job["step"] or 0)
-            save_to = Path(setup["out"]) / "completions" / name
-            answer = {"status": "ok", "results": evaluate(model, tokenizer, setup["tasks"], save_to, **asdict(options))}
+            save_to = f"{setup['out']}/completions/{name}"
+            answer = {
+                "status": "ok",
+                "results": evaluate(model, tokenizer, setup["tasks"], save_to, **setup["options"]),
+            }
         except Exception:
             print(json.dumps({"status": "error", "error": traceback.format_exc()}), file=answers)
             raise
@@ -791,22 +835,20 @@ def serve(setup: str) -> None:
 
 def table(results: dict[str, dict]) -> str:
     """Markdown table of one task from {model: result}, in the layout of the published Countdown tables."""
-    found = dict.fromkeys(key for r in results.values() for key in r)  # in order, each once
-    percent = lambda r, key: f"{100 * r[key]:.2f} %" if key in r else "-"
-    if "accuracy" not in found:
-        names = [key for key in found if "perplexity" in key or "bits_per_byte" in key]
-        rows = [
-            [model, *(f"{r[k]:.4f}" if k in r else "-" for k in names), r["n"], r["tokens"]]
-            for model, r in results.items()
-        ]
-        return markdown([["model", *names, "rows", "tokens"], *rows])
-    classes = list(dict.fromkeys(c for r in results.values() for c in r["classes"] if c != "ok"))
-    rates = ["truncated", *(key for key in found if key.startswith(("accuracy_", "pass@")))]
-    rows = [["model", "correct", "accuracy", *classes, *rates]]
-    for model, r in results.items():
-        counts = [r["classes"].get(c, 0) for c in classes]
-        accuracy = f"{100 * r['accuracy']:.2f} ± {100 * r['se']:.2f} %"
-        rows.append([model, r["correct"], accuracy, *counts, *(percent(r, key) for key in rates)])
+    found = list(dict.fromkeys(key for r in results.values() for key in r))
+    if "accuracy" in found:
+        classes = list(dict.fromkeys(c for r in results.values() for c in r["classes"] if c != "ok"))
+        rates = ["truncated", *(key for key in found if key.startswith(("accuracy_", "pass@")))]
+        rows = [["model", "correct", "accuracy", *classes, *rates]]
+        for model, r in results.items():
+            shares = (f"{100 * r[key]:.2f} %" if key in r else "-" for key in rates)
+            score = f"{100 * r['accuracy']:.2f} ± {100 * r['se']:.2f} %"
+            rows.append([model, r["correct"], score, *(r["classes"].get(c, 0) for c in classes), *shares])
+    else:
+        names = [key for key in found if key.endswith(("perplexity", "bits_per_byte"))]
+        rows = [["model", *names, "rows", "tokens"]]
+        for model, r in results.items():
+            rows.append([model, *(f"{r[key]:.4f}" if key in r else "-" for key in names), r["n"], r["tokens"]])
     return markdown(rows)
 
 
@@ -901,21 +943,18 @@ def plot_runs(folders: Iterable[str | Path], path: str | Path, metric: str | Non
 
     runs = {str(folder): read_run(folder) for folder in folders}
     known = list(dict.fromkeys(name for run in runs.values() for name in run if "/" in name))
-    if metric and metric not in known:
-        raise ValueError(
-            f"there is no metric {metric!r} in these runs: {', '.join(known) or 'they have no evaluation'}"
-        )
-    main = (name for name in known if name.endswith(("/accuracy", "/bits_per_byte")))
+    if metric not in (None, *known):
+        raise ValueError(f"there is no metric {metric!r} in these runs, only: {', '.join(known) or 'no evaluation'}")
+    metric = metric or next((name for name in known if name.endswith(MAIN)), "accuracy")
     figure = Figure(figsize=(11, 7), layout="constrained")
-    for row, name in zip(figure.subplots(2, 2), ("loss", metric or next(main, "accuracy"))):
-        for axes, over in zip(row, ("steps", "tokens")):
-            for run_name, run in runs.items():
-                at = run["tokens"] if over == "tokens" else {step: step for step in run.get(name, {})}
-                points = [(at[step], value) for step, value in sorted(run.get(name, {}).items()) if step in at]
-                axes.plot(*np.array(points).reshape(-1, 2).T, "-" if name == "loss" else "-o", ms=3, label=run_name)
-            axes.set(xlabel=over, ylabel=name)
-            axes.grid(alpha=0.3)
-            axes.legend()
+    for axes, (name, over) in zip(figure.subplots(2, 2).flat, itertools.product(("loss", metric), ("steps", "tokens"))):
+        for run_name, run in runs.items():
+            at = run["tokens"] if over == "tokens" else {step: step for step in run.get(name, {})}
+            points = [(at[step], value) for step, value in sorted(run.get(name, {}).items()) if step in at]
+            axes.plot(*np.array(points).reshape(-1, 2).T, "-" if name == "loss" else "-o", ms=3, label=run_name)
+        axes.set(xlabel=over, ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(path, dpi=130)
 
 
@@ -945,7 +984,7 @@ def main(config: Config) -> int:
     for model in config.model:  # a Hub id has at most one slash, in the middle
         if not Path(model).exists() and (model.count("/") > 1 or model[0] in "./~"):
             raise FileNotFoundError(f"there is no model directory {model}")
-    out = Path(config.out)
+    out, options = Path(config.out), asdict(config.scoring)
     if config.runs:
         out.mkdir(parents=True, exist_ok=True)
         plot_runs(config.runs, out / "runs.png", config.metric)
@@ -953,7 +992,6 @@ def main(config: Config) -> int:
     if not config.model:
         return 0
     device = ("cuda:0" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    options = asdict(config.scoring)
     evaluator = Evaluator(config.tasks, out, device, timeout=config.timeout, echo=True, **options)
     short = [Path(model).name for model in config.model]
     names = short if len(set(short)) == len(short) else config.model

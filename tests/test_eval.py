@@ -27,6 +27,7 @@ import gold_train
 from gold_eval import Evaluator, Task
 
 ROOT = Path(gold_eval.__file__).parent
+RANKS = gold_train.Ranks(0, 0, 1, 1, torch.device("cpu"))
 
 
 def write(path: Path, rows: list[dict]) -> str:
@@ -178,6 +179,18 @@ def test_answers_are_cut_at_the_stop_texts_of_the_task(tmp_path, monkeypatch, gu
     assert json.loads((tmp_path / "b/guess.jsonl").read_text())["completion"] == text[: text.find(text[7:9])]
 
 
+def test_columns_of_the_rows_named_like_a_records_own_fields_change_no_verdict(tmp_path, monkeypatch):
+    row = dict.fromkeys(("reason", "truncated", "tokens", "completion", "classes", "accuracy", "also", "row"), "ok")
+    path = write(tmp_path / "rows.jsonl", [row | {"prompt": f"Say {i}", "nums": [i], "target": 1} for i in range(4)])
+    never = lambda text, row: gold_eval.Grade("wrong", {"strict": False})
+    monkeypatch.setitem(gold_eval.TASKS, "never", Task(path, never, classes=("ok", "wrong"), needs=()))
+    result = gold_eval.evaluate(student(), byte_level(), ["never"], tmp_path, max_new_tokens=5)["never"]
+    assert result["accuracy"] == result["correct"] == 0 and result["classes"] == {"ok": 0, "wrong": 4}
+    assert 1 <= result["tokens"] <= 5 and result["accuracy_strict"] == 0
+    answers = [json.loads(line) for line in (tmp_path / "never.jsonl").read_text().splitlines()]
+    assert {answer["reason"] for answer in answers} == {"wrong"} and {a["row"]["reason"] for a in answers} == {"ok"}
+
+
 def test_pass_at_k_counts_questions_with_any_right_answer():
     right = np.array([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=bool)
     assert gold_eval.pass_at(4, right) == pytest.approx(2 / 3)
@@ -301,6 +314,37 @@ def test_the_headline_is_larger_when_the_model_is_better():
 def test_results_flatten_to_numbers_and_print_on_one_line():
     assert gold_eval.flatten(RESULTS)["countdown/classes/wrong_value"] == 2
     assert gold_eval.one_line(RESULTS).startswith("countdown accuracy 0.5000 ± 0.2500 (n 4")
+
+
+def test_a_task_knows_the_names_of_its_numbers(tmp_path, texts, monkeypatch):
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(9)]
+    path, long = (
+        write(tmp_path / "g.jsonl", rows),
+        dict(max_new_tokens=3, max_samples=3, num_samples=3, temperature=1.0),
+    )
+    for task in ("countdown-mini", f"gsm8k={path}", f"ppl={path}", f"ppl={texts}"):
+        found = gold_eval.flatten(gold_eval.evaluate(student(), byte_level(), [task], wrap=16, **long))
+        known = gold_eval.metrics(gold_eval.parse_tasks([task]), 3)
+        assert set(found) == set(known) - ({name for name in known if "answer_" in name} if texts in task else set())
+
+
+@pytest.mark.parametrize("metric", ["gsm8k", "countdown/acuracy", "countdown/pass@4", "ppl/accuracy", "", "countdown/"])
+def test_a_typo_in_the_metric_of_save_best_is_found_before_anything_is_loaded(metric, tmp_path):
+    cfg = gold_train.Config(
+        student_model="none", teacher_model="none", eval_tasks=("countdown", "ppl"), save_best=metric,
+        output_dir=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"save_best {metric} is not among the numbers .*countdown/accuracy"):
+        gold_train.check(cfg, RANKS)
+    for right in (
+        None,
+        "countdown",
+        "ppl",
+        "countdown/accuracy_at_most",
+        "ppl/answer_perplexity",
+        "countdown/classes/ok",
+    ):
+        gold_train.check(gold_train.replace(cfg, save_best=right), RANKS)
 
 
 # ---- the evaluator, with a child that does what it is told
@@ -769,7 +813,6 @@ def test_vllm_gives_the_answers_and_perplexities_of_transformers_after_every_cha
 
 
 RESULT = {"accuracy": 0.3, "se": 0.0, "n": 1, "seconds": 0.0}
-RANKS = gold_train.Ranks(0, 0, 1, 1, torch.device("cpu"))
 
 
 @pytest.fixture
