@@ -57,8 +57,6 @@ import gold_data
 import gold_eval
 import gold_loss
 
-CrossLoss = Literal["none", "prefix", "bins", "bins+alm", "alm", "hybrid", "uld"]
-
 
 @dataclass(frozen=True)
 class Config:
@@ -105,7 +103,7 @@ class Config:
     beta: float = 0.5  # 0: KL(teacher||student), mean seeking; 1: KL(student||teacher), mode seeking
     jsd_scale: Literal["kl", "raw"] = "kl"  # kl: JSD / (beta (1 - beta)), continuous in beta; raw: JSD as in TRL
     loss_temperature: float = 1.0  # of both laws in the loss; 1 where token probabilities are multiplied
-    cross_tokenizer_loss: CrossLoss = "prefix"  # what to do if the tokenizers differ; none: refuse
+    cross_tokenizer_loss: str = "prefix"  # if the tokenizers differ: prefix, alm, hybrid, uld; none: refuse
     ce_weight: float = 0.0  # weight of the mean cross entropy on data set completions, never on samples; 0: off
     # ---- optimizer
     learning_rate: float = 2e-5  # peak, AdamW
@@ -264,7 +262,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
     known = gold_eval.metrics(tasks, 1)
     best = {None, *known, *(name.rpartition("/")[0] for name in known if name.endswith(gold_eval.MAIN))}
     answers = c.teacher_model or c.lmbda == 0 and c.ce_weight > 0 and not c.seq_kd
-    wandb = c.wandb_mode == "disabled" or importlib.util.find_spec("wandb")
+    wandb, losses = c.wandb_mode == "disabled" or importlib.util.find_spec("wandb"), ("none", *CROSS_LOSSES)
     rules = {
         f"the window does not divide: generation_batch_size {slots} x num_generations {c.num_generations} = {made} but "
         f"per_device_train_batch_size {batch} x gradient_accumulation_steps = {used}": made == used,
@@ -274,6 +272,8 @@ def check(cfg: Config, ranks: Ranks) -> None:
         "without --teacher-model there are only answers to learn: --lmbda 0 --ce-weight 1": answers,
         "a served teacher tells laws at temperature 1: --loss-temperature 1": not c.teacher_url
         or c.loss_temperature == 1,
+        f"cross_tokenizer_loss must be one of {', '.join(losses)}: got {c.cross_tokenizer_loss}": c.cross_tokenizer_loss
+        in losses,
         "--teacher-url and --teacher-device exclude each other": not c.teacher_url or not c.teacher_device,
         "ce_weight is for data set completions, and lmbda 1 uses none: --ce-weight 0": c.lmbda < 1 or c.ce_weight == 0,
         "seq_kd writes off-policy completions, and lmbda 1 has none: lower --lmbda": c.lmbda < 1 or not c.seq_kd,
@@ -342,47 +342,104 @@ class Student(torch.nn.Module):
         return hidden.flatten(0, 1)[rows].to(self.dtype)
 
 
-@dataclass
-class Pairing:
-    """What the losses need to know of the two vocabularies, on the device; None where they do not ask."""
+class Served(NamedTuple):
+    """What a served teacher tells of its N' scored positions."""
+
+    own: Tensor  # (N',) log probability of the token that stands there
+    ids: Tensor  # (N', k) likeliest tokens
+    logprobs: Tensor  # (N', k) of these
+
+
+class Pairing(NamedTuple):
+    """How two models are compared."""
 
     loss: str  # jsd, or the name of a cross-tokenizer loss
-    order: list[Tensor] | None = None
-    edge: list[Tensor] | None = None
-    bins: tuple[Tensor, Tensor, int] | None = None
-    match: tuple[Tensor, Tensor] | None = None
+    compare: Callable  # (student's Side, teacher's Side or Served, batch) -> (Loss, sample of each of its values)
+
+
+def jsd_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+    """One vocabulary: laws of the next token, of a served teacher as far as it tells them."""
+
+    def compare(ours, theirs, batch):
+        sample = batch.student_sample[batch.scored]
+        if isinstance(theirs, Served):
+            return gold_loss.fused_topk_jsd(ours, theirs.ids, theirs.logprobs, cfg.beta, cfg.jsd_scale), sample
+        return gold_loss.fused_jsd(ours, theirs, cfg.beta, cfg.jsd_scale), sample
+
+    return compare
+
+
+def prefix_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+    """Laws of the text that follows. Raises ValueError for a vocabulary that does not keep spaces."""
+    both = (student, teacher)
+    for v in both:
+        if v.lossy:
+            raise ValueError(
+                f"{v.tokenizer.name_or_path} does not keep spaces (WordPiece): prefix needs exact bytes, use "
+                "--cross-tokenizer-loss alm"
+            )
+    tables = [{"order": put(v.order), "edge": put(v.edge)} for v in both]
+
+    def compare(ours, theirs, batch):
+        asked = (batch.student_queries, batch.teacher_queries)
+        queries = [gold_loss.Queries(**table, **q) for table, q in zip(tables, asked)]
+        m = batch.offset_sample.numel()
+        loss = gold_loss.prefix_loss(ours, theirs, *queries, batch.offset, m, cfg.beta, cfg.jsd_scale)
+        return loss, batch.offset_sample
+
+    return compare
+
+
+def alm_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+    """Probabilities of whole spans: all that is needed of the teacher is what its own tokens had."""
+
+    def compare(ours, theirs, batch):
+        if isinstance(theirs, Served):
+            gold_loss.check_served(theirs.own[:, None])
+            return gold_loss.alm_loss(ours, theirs.own, batch.teacher_span), batch.span_sample
+        with torch.no_grad():
+            own, _ = gold_loss.token_logprobs(theirs)
+        return gold_loss.alm_loss(ours, own, batch.teacher_span), batch.span_sample
+
+    return compare
+
+
+def uld_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+    """Sorted probabilities; hybrid: JSD on the tokens that both vocabularies have, sorted are those of the others."""
+    hybrid = cfg.cross_tokenizer_loss == "hybrid"
+    match = tuple(map(put, gold_data.shared_ids(student, teacher))) if hybrid else None
+
+    def compare(ours, theirs, batch):
+        return gold_loss.uld_loss(ours, theirs, match, None, cfg.beta, cfg.jsd_scale), batch.span_sample
+
+    return compare
+
+
+# FORK: a loss of your own is one more entry, see forks/bins_loss.py. Its function is called once, before models are
+# loaded: it checks the vocabularies, puts tables on the device, returns what compares a batch
+CROSS_LOSSES = {"prefix": prefix_pair, "alm": alm_pair, "hybrid": uld_pair, "uld": uld_pair}
+AT_TEMPERATURE_1 = {"prefix", "alm"}  # they multiply token probabilities
 
 
 def pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, device) -> Pairing:
     """Choose the loss for two vocabularies. Raises ValueError if the configuration allows none."""
+    name, put = cfg.cross_tokenizer_loss, lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
     if gold_data.same_vocabulary(student, teacher):
-        return Pairing("jsd")
-    loss, put = cfg.cross_tokenizer_loss, lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
-    if loss == "none":
+        return Pairing("jsd", jsd_pair(cfg, student, teacher, put))
+    if name == "none":
         raise ValueError(
             f"student and teacher have different tokenizers ({len(student.tokens)} and {len(teacher.tokens)} entries): "
             "choose a --cross-tokenizer-loss, like prefix"
         )
-    if cfg.teacher_url is not None and loss != "alm":
+    if cfg.teacher_url is not None and name != "alm":
         raise ValueError(
-            f"cross_tokenizer_loss {loss} needs the teacher's whole laws; a served teacher allows alm only"
+            f"cross_tokenizer_loss {name} needs the teacher's whole laws; a served teacher allows alm only"
         )
-    if loss in ("prefix", "alm", "bins", "bins+alm") and cfg.loss_temperature != 1:
+    if name in AT_TEMPERATURE_1 and cfg.loss_temperature != 1:
         raise ValueError(
-            f"{loss} multiplies token probabilities: loss_temperature must be 1, got {cfg.loss_temperature}"
+            f"{name} multiplies token probabilities: loss_temperature must be 1, got {cfg.loss_temperature}"
         )
-    if loss == "prefix" and (student.lossy or teacher.lossy):
-        name = (student if student.lossy else teacher).tokenizer.name_or_path
-        raise ValueError(
-            f"{name} does not keep spaces (WordPiece): prefix needs exact bytes, use --cross-tokenizer-loss alm"
-        )
-    if loss == "prefix":
-        both = (student, teacher)
-        return Pairing(loss, order=[put(v.order) for v in both], edge=[put(v.edge) for v in both])
-    if loss.startswith("bins"):
-        s, t, n = gold_data.shared_bins(student, teacher)
-        return Pairing(loss, bins=(put(s), put(t), n))
-    return Pairing(loss, match=tuple(map(put, gold_data.shared_ids(student, teacher))) if loss == "hybrid" else None)
+    return Pairing(name, CROSS_LOSSES[name](cfg, student, teacher, put))
 
 
 def get_lr(cfg: Config, step: int, max_steps: int) -> float:
@@ -415,44 +472,30 @@ def distill(
 ) -> tuple[gold_loss.Loss, Tensor]:
     """The distillation loss, a sum, and which sample of the batch each of its values belongs to.
 
-    FORK: a new loss is one more line here.
+    If anything of the teacher's or the loss itself is not finite, the total and the gradient of every row are NaN.
     """
-    start, pairing, teacher = time.perf_counter(), parts.pairing, parts.teacher
+    start, teacher, device = time.perf_counter(), parts.teacher, student.hidden.device
     if isinstance(teacher, gold_buffer.ServedTeacher):
         lengths = batch.teacher_mask.sum(1).tolist()
         sequences = [ids[:n].tolist() for ids, n in zip(batch.teacher_ids, lengths)]
         counts = torch.bincount(batch.teacher_rows // batch.teacher_ids.size(1), minlength=len(lengths)).tolist()
-        own, ids, top = teacher.score(sequences, [n - c for n, c in zip(lengths, counts)])
-        own, ids, top = (x.to(student.hidden.device) for x in (own, ids, top))
-        stats.add("timing/teacher", time.perf_counter() - start)
-        if pairing.loss == "alm":
-            return gold_loss.alm_loss(student, own, batch.teacher_span), batch.span_sample
-        return gold_loss.fused_topk_jsd(student, ids, top, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
-    hidden = teacher.hidden(batch.teacher_ids, batch.teacher_mask, batch.teacher_rows).to(student.hidden.device)
-    if hidden.is_cuda:
-        torch.cuda.synchronize()  # or its time would be counted where the next value is read
+        theirs = Served(*(x.to(device) for x in teacher.score(sequences, [n - c for n, c in zip(lengths, counts)])))
+        bad = torch.zeros((), device=device)  # what a server tells is refused if it is not finite
+    else:
+        hidden = teacher.hidden(batch.teacher_ids, batch.teacher_mask, batch.teacher_rows).to(device)
+        if hidden.is_cuda:
+            torch.cuda.synchronize()  # or its time would be counted where the next value is read
+        bad = (~hidden.isfinite()).sum()
+        stats.add("nonfinite/teacher", bad)
+        theirs = gold_loss.Side(
+            hidden, parts.teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature
+        )
     stats.add("timing/teacher", time.perf_counter() - start)
-    side = gold_loss.Side(hidden, parts.teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature)
-    if pairing.loss == "jsd":
-        return gold_loss.fused_jsd(student, side, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
-    if pairing.loss == "prefix":
-        asked = (batch.student_queries, batch.teacher_queries)
-        queries = [gold_loss.Queries(order=o, edge=e, **q) for o, e, q in zip(pairing.order, pairing.edge, asked)]
-        m = batch.offset_sample.numel()
-        loss = gold_loss.prefix_loss(student, side, *queries, batch.offset, m, cfg.beta, cfg.jsd_scale)
-        return loss, batch.offset_sample
-    if pairing.loss in ("uld", "hybrid"):
-        return gold_loss.uld_loss(student, side, pairing.match, None, cfg.beta, cfg.jsd_scale), batch.span_sample
-    if pairing.loss == "bins":
-        return gold_loss.bins_loss(student, side, *pairing.bins, cfg.beta, cfg.jsd_scale), batch.span_sample
-    with torch.no_grad():
-        logprobs, _ = gold_loss.token_logprobs(side)
-    alm = gold_loss.alm_loss(student, logprobs, batch.teacher_span)
-    if pairing.loss == "alm":
-        return alm, batch.span_sample
-    bins = gold_loss.bins_loss(student, side, *pairing.bins, cfg.beta, cfg.jsd_scale)
-    both = gold_loss.Loss(bins.total + alm.total, bins.values + alm.values, alm.stats)
-    return both, batch.span_sample
+    loss, sample = parts.pairing.compare(student, theirs, batch)
+    # no comparison with NaN is true, so a loss can lose sight of it; the gradient's norm is looked at on every rank
+    wrong = (bad > 0) | ~loss.values.isfinite().all() | ~loss.total.detach().isfinite()
+    poison = torch.where(wrong, math.nan, 0.0)
+    return loss._replace(total=loss.total + (student.hidden * poison).sum()), sample
 
 
 def scored_side(cfg: Config, hidden: Tensor, head: gold_loss.Head, batch: gold_data.Batch) -> gold_loss.Side:
