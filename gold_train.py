@@ -67,6 +67,7 @@ class Config:
     teacher_revision: str | None = None  # Hub revision of the teacher
     teacher_device: str | None = None  # like cuda:7, shared by the ranks of a node; none: a copy beside each student
     teacher_url: str | None = None  # vLLM server that scores, like http://host:8000; none: the teacher is loaded here
+    teacher_key: str | None = None  # environment variable that holds the key of teacher_url; none: it has no key
     teacher_top_k: int = 32  # tokens per position that a served teacher tells
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of forward passes; auto: bf16 on GPU. Weights are always fp32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
@@ -213,8 +214,13 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
-def setup_ranks() -> Ranks:
-    """The process group of torchrun, if there is one, and this rank's device."""
+def longest_wait(cfg: Config) -> float:
+    """Seconds that one rank may take for what the others wait for: our own deadlines come first."""
+    return max(cfg.vllm_deadline, cfg.eval_timeout * (cfg.eval_policy == "wait"), 1800.0) + 600.0
+
+
+def setup_ranks(wait: float = 3600.0) -> Ranks:
+    """The process group of torchrun, if there is one, which waits so many seconds, and this rank's device."""
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -225,8 +231,7 @@ def setup_ranks() -> Ranks:
     if "WORLD_SIZE" in os.environ:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: ranks end with their launcher
-        # our own deadlines, of engines and evaluations, come first
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=wait))
     rank, local_world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Ranks(rank, local_rank, world_size, local_world_size, device)
 
@@ -263,6 +268,11 @@ def check(cfg: Config, ranks: Ranks) -> None:
     best = {None, *known, *(name.rpartition("/")[0] for name in known if name.endswith(gold_eval.MAIN))}
     answers = c.teacher_model or c.lmbda == 0 and c.ce_weight > 0 and not c.seq_kd
     wandb, losses = c.wandb_mode == "disabled" or importlib.util.find_spec("wandb"), ("none", *CROSS_LOSSES)
+    key = os.environ.get(c.teacher_key or "", "").strip()
+    there = not c.teacher_key or c.teacher_url and key and key.isascii() and key.isprintable()
+    if c.teacher_url:
+        gold_buffer.served_url(c.teacher_url)
+    ours = gpus(c, "teacher_device") & {*range(ranks.local_world_size)} if ranks.local_world_size > 1 else set()
     rules = {
         f"the window does not divide: generation_batch_size {slots} x num_generations {c.num_generations} = {made} but "
         f"per_device_train_batch_size {batch} x gradient_accumulation_steps = {used}": made == used,
@@ -275,6 +285,9 @@ def check(cfg: Config, ranks: Ranks) -> None:
         f"cross_tokenizer_loss must be one of {', '.join(losses)}: got {c.cross_tokenizer_loss}": c.cross_tokenizer_loss
         in losses,
         "--teacher-url and --teacher-device exclude each other": not c.teacher_url or not c.teacher_device,
+        "teacher_key is the name of an environment variable that holds a key, and needs --teacher-url": there,
+        f"teacher_device {c.teacher_device} is also a rank's: start fewer ranks, or name another GPU": not ours,
+        "lag beside tensor parallelism would run two NCCL communicators at once: --lag 0": c.lag == 0 or group == 1,
         "ce_weight is for data set completions, and lmbda 1 uses none: --ce-weight 0": c.lmbda < 1 or c.ce_weight == 0,
         "seq_kd writes off-policy completions, and lmbda 1 has none: lower --lmbda": c.lmbda < 1 or not c.seq_kd,
         "lag is for sampling ahead, and lmbda 0 samples nothing: --lag 0": c.lmbda > 0 or c.lag == 0,
@@ -337,8 +350,8 @@ class Student(torch.nn.Module):
         self.model, self.backbone = model, backbone  # the head's weight is a parameter of `model`
         self.dtype = dtype  # norms with fp32 weights return fp32 under autocast; the head's products are large
 
-    def forward(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    def forward(self, ids: Tensor, rows: Tensor) -> Tensor:
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1)[rows].to(self.dtype)
 
 
@@ -482,7 +495,7 @@ def distill(
         theirs = Served(*(x.to(device) for x in teacher.score(sequences, [n - c for n, c in zip(lengths, counts)])))
         bad = torch.zeros((), device=device)  # what a server tells is refused if it is not finite
     else:
-        hidden = teacher.hidden(batch.teacher_ids, batch.teacher_mask, batch.teacher_rows).to(device)
+        hidden = teacher.hidden(batch.teacher_ids, batch.teacher_rows).to(device)
         if hidden.is_cuda:
             torch.cuda.synchronize()  # or its time would be counted where the next value is read
         bad = (~hidden.isfinite()).sum()
@@ -511,7 +524,7 @@ def micro_batch_loss(cfg: Config, parts: Parts, batch: gold_data.Batch, counts, 
     and ranks makes both invisible; DDP's mean over ranks is multiplied away by the caller.
     """
     with parts.autocast:
-        hidden = parts.model(batch.student_ids, batch.student_mask, batch.student_rows)
+        hidden = parts.model(batch.student_ids, batch.student_rows)
     stats.add("nonfinite/student", (~hidden.detach().isfinite()).sum())
     total = hidden.sum() * 0.0  # every parameter takes part in the all-reduce, whatever is scored here
     if parts.teacher is not None:
@@ -831,7 +844,7 @@ def heldout_loss(cfg: Config, parts: Parts, samples: list[gold_data.Sample], ran
         for i in range(0, len(samples), size):
             batch = gold_data.collate(samples[i : i + size], with_teacher=parts.teacher is not None).to(ranks.device)
             with parts.autocast:
-                hidden = model(batch.student_ids, batch.student_mask, batch.student_rows)
+                hidden = model(batch.student_ids, batch.student_rows)
             if parts.teacher is None:
                 loss = gold_loss.fused_cross_entropy(gold_loss.Side(hidden, parts.head, batch.student_targets))
             else:
@@ -841,21 +854,30 @@ def heldout_loss(cfg: Config, parts: Parts, samples: list[gold_data.Sample], ran
     return sums["loss"] / max(1.0, sums["tokens"])
 
 
+def in_turn(ranks: Ranks, load: Callable):
+    """load() on one rank of each node after the other: a model is in the host's memory once on its way to a GPU."""
+    model = None
+    for local_rank in range(ranks.local_world_size):
+        if local_rank == ranks.local_rank:
+            model = load()
+        if ranks.device.type == "cuda":
+            wait_for_all()
+    return model
+
+
 def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
     """(causal LM with fp32 weights, its head, what DDP wraps it into)"""
     source = (str(checkpoint), None) if checkpoint else (cfg.student_model, cfg.student_revision)
-    student = gold_buffer.load_model(*source, torch.float32, ranks.device)
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # the teacher is matched as it is, and a resumed run needs no generator state
-    student.train()
+    student = in_turn(ranks, functools.partial(gold_buffer.load_model, *source, torch.float32, ranks.device)).train()
     backbone, head = gold_buffer.split_head(student)
     if cfg.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = compute_dtype(cfg, ranks.device)
     model = Student(student, torch.compile(backbone) if cfg.compile else backbone, dtype)
     if dist.is_initialized():
-        model = DistributedDataParallel(model, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None)
+        # gradients live in the buckets and stay there, see zero_grad; there are no buffers that training changes
+        devices = [ranks.local_rank] if ranks.device.type == "cuda" else None
+        model = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     return student, gold_loss.Head(**head), model
 
 
@@ -864,15 +886,16 @@ def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, sa
     if cfg.teacher_model is None:
         return None, None
     if cfg.teacher_url is not None:
-        teacher = gold_buffer.ServedTeacher(cfg.teacher_url, cfg.teacher_model, vocabulary, cfg.teacher_top_k)
-        say(f"teacher: {cfg.teacher_url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
+        key = os.environ[cfg.teacher_key].strip() if cfg.teacher_key else None
+        teacher = gold_buffer.ServedTeacher(cfg.teacher_url, cfg.teacher_model, vocabulary, cfg.teacher_top_k, key)
+        say(f"teacher: {teacher.url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
         return teacher, None
     where, dtype = cfg.teacher_device or str(ranks.device), compute_dtype(cfg, ranks.device)
     load = functools.partial(gold_buffer.load_model, cfg.teacher_model, cfg.teacher_revision, dtype, where)
     if cfg.teacher_device is not None and ranks.local_world_size > 1:
         teacher = gold_buffer.SharedTeacher(load, ranks.local_rank, ranks.local_world_size)
     else:
-        teacher = gold_buffer.LocalTeacher(load())
+        teacher = gold_buffer.LocalTeacher(in_turn(ranks, load))
     parts = {k: v.to(ranks.device) if isinstance(v, Tensor) else v for k, v in teacher.head.items()}
     return teacher, gold_loss.Head(**parts)
 
@@ -888,17 +911,24 @@ def open_sampler(cfg: Config, student, device: torch.device, say):
         if cfg.lag > 0:  # windows are sampled while the original is trained
             student = copy.deepcopy(student).to(cfg.sampler_device or device, dtype).eval().requires_grad_(False)
         return gold_buffer.HFSampler(student, own=cfg.lag > 0, dtype=dtype)
-    return gold_buffer.VLLMSampler(
-        cfg.student_model, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size,
-        cfg.student_revision, deadline=cfg.vllm_deadline, sleep=cfg.lag == 0,
-    )  # fmt: skip
+    with gold_buffer.engine_stream():
+        sampler = gold_buffer.VLLMSampler(
+            cfg.student_model, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size,
+            cfg.student_revision, deadline=cfg.vllm_deadline, sleep=cfg.lag == 0,
+        )  # fmt: skip
+    sampler.sleep()  # the first windows may have nothing for it to do
+    return sampler
 
 
 def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
     matrices = [p for p in student.parameters() if p.dim() >= 2]
     vectors = [p for p in student.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+    for p in matrices + vectors:  # what the first step would make: an engine must find the memory that is left
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+    return optimizer
 
 
 SAME_RUN = (
@@ -959,6 +989,9 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     if cfg.teacher_model:
         teacher_vocabulary = gold_data.load_vocabulary(cfg.teacher_model, cfg.teacher_revision)
         pairing = pair(cfg, vocabulary, teacher_vocabulary, device)
+    gold_buffer.check_positions(cfg.student_model, cfg.student_revision, cfg.max_length)
+    if pairing and pairing.loss == "jsd" and not cfg.teacher_url:  # other tokenizers need more or fewer tokens
+        gold_buffer.check_positions(cfg.teacher_model, cfg.teacher_revision, cfg.max_length)
     rows, rows_per_epoch, held = load_data(cfg, vocabulary, say)
     if master:
         say_example(rows, vocabulary, teacher_vocabulary, pairing, say)
@@ -971,9 +1004,9 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         f"lmbda {cfg.lmbda}; {max_steps} steps of {slots * cfg.num_generations * ranks.world_size} completions"
     )
     student, head, model = open_student(cfg, ranks, checkpoint)
+    optimizer, dtype = open_optimizer(cfg, student), compute_dtype(cfg, device)
     teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
-    bf16 = compute_dtype(cfg, device) == torch.bfloat16
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
     parts = Parts(model, head, autocast, pairing, teacher, teacher_head)
     sampler, sampling = (
         open_sampler(cfg, student, device, say),
@@ -989,11 +1022,11 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
         answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
     buffer = gold_buffer.WindowBuffer(
-        schedule, rows, encoder, sampler, sampling, student.state_dict, max_steps, cfg.lag, answers
+        schedule, rows, encoder, sampler, sampling, student.state_dict, max_steps, cfg.lag, answers, dtype
     )
     derived = {"loss": loss, "window": slots * ranks.world_size, "rows_hash": rows_per_epoch, "steps": max_steps}
     identity = asdict(cfg) | derived
-    run = Run(parts, student, tokenizer, open_optimizer(cfg, student), buffer, held, identity, max_steps)
+    run = Run(parts, student, tokenizer, optimizer, buffer, held, identity, max_steps)
     if checkpoint:
         restore(run, identity, checkpoint, ranks, say)
     if master:
@@ -1046,7 +1079,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             if used := may_step(cfg, run, grad_norm, stats):
                 run.optimizer.step()
             stats.add("actor/skipped", float(not used))
-            run.optimizer.zero_grad(set_to_none=True)
+            run.optimizer.zero_grad(set_to_none=not dist.is_initialized())  # DDP's stay in its buckets
             run.step += 1
 
             # 6) log; what one rank knows of the time or a signal is told to all with the same sums
@@ -1511,7 +1544,7 @@ def main() -> None:
     disable_progress_bar()  # of weights being loaded and saved: ours is the only bar
     with one_clear_line():
         cfg = configuration()
-    ranks = setup_ranks()
+    ranks = setup_ranks(longest_wait(cfg))
     try:
         failed = (embedded if cfg.student_model is None else train)(cfg, ranks)
     except (OSError, FloatingPointError) as e:
