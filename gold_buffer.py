@@ -10,7 +10,6 @@ This file knows nothing about losses, the optimizer, evaluation, or wandb.
 """
 
 import contextlib
-import copy
 import functools
 import gc
 import http.client
@@ -31,16 +30,19 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 import gold_data
 from gold_data import Row, Sample, Vocabulary
@@ -75,29 +77,45 @@ class Request:
     seed: int
 
 
+def ids_of(eos: int | list[int] | None) -> list[int]:
+    """End ids as a list, however a generation config writes them."""
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+def by_length(lengths: list[int], rows: Callable[[int], int], progress: bool = False) -> Iterator[list[int]]:
+    """Indices in batches of similar length, the longest first: less padding; `rows(longest)` at a time, at least 1."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    with tqdm(total=len(order), disable=None if progress else True, leave=False) as bar:  # None: where somebody watches
+        while order:
+            size = max(1, rows(lengths[order[0]]))
+            yield order[:size]
+            bar.update(len(order[:size]))
+            order = order[size:]
+
+
 class HFSampler:
-    """Batched decoding with a transformers model and its KV cache.
+    """Batched decoding with a transformers model and its KV cache; also scores what is written.
 
     A request's random numbers depend on its seed alone, not on the batch it is decoded in.
 
     Args:
-        model: a causal LM; with `own_copy` it is copied (windows are sampled while the original is trained).
-        device: of the copy; a device of its own lets sampling and training overlap.
-        dtype: of the copy, and of computations on a GPU.
+        model: a causal LM. `own`: nobody else's, so load_weights writes into it; otherwise it *is* the trained one.
+        dtype: of computations on a GPU.
         max_batch_tokens: rows are decoded together as long as rows x longest stays below.
+        limit: tokens of prompt + completion, where the model does not read fewer; a row that has so many ends there.
+        progress: show a bar, where somebody watches.
     """
 
     collective = False  # a rank without requests need not take part
 
     def __init__(
-        self, model, sampling: Sampling, own_copy: bool = False, device=None, dtype=torch.float32,
-        max_batch_tokens: int = 2**17,
+        self, model, own: bool = False, dtype=torch.float32, max_batch_tokens: int = 2**17, limit: float = math.inf,
+        progress: bool = False,
     ):  # fmt: skip
-        self.sampling, self.max_batch_tokens, self.version = sampling, max_batch_tokens, 0
-        self.own_copy = own_copy or device is not None
-        self.device = torch.device(device or next(model.parameters()).device)
-        if self.own_copy:
-            model = copy.deepcopy(model).to(self.device, dtype).eval().requires_grad_(False)
+        self.own, self.max_batch_tokens, self.version, self.progress = own, max_batch_tokens, 0, progress
+        self.limit = self.window = min(positions(model.config), limit)  # window: tokens that score reads at a time
+        self.end_ids = ids_of(model.generation_config.eos_token_id)
+        self.device = next(model.parameters()).device
         self.model = model
         on = self.device.type == "cuda" and dtype == torch.bfloat16
         self.autocast = torch.autocast("cuda", torch.bfloat16) if on else contextlib.nullcontext()
@@ -105,30 +123,47 @@ class HFSampler:
             check_cache(self.model)
 
     def load_weights(self, weights: dict[str, Tensor], version: int) -> None:
-        """Sample from these weights from now on. Without an own copy the model *is* the trained one."""
-        if self.own_copy:
+        """Sample from these weights from now on."""
+        if self.own:
             self.model.load_state_dict(weights)
         self.version = version
 
-    def generate(self, requests: list[Request]) -> list[Rollout]:
-        rollouts: dict[int, Rollout] = {}
-        was_training = self.model.training
+    @contextlib.contextmanager
+    def _reading(self):
+        """Around every use of the model, which is left in the mode it was in."""
+        training = self.model.training
         self.model.eval()
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))  # less padding
-        while order:
-            longest = len(requests[order[0]].prompt_ids) + self.sampling.max_new_tokens
-            size = max(1, self.max_batch_tokens // longest)
-            batch, order = order[:size], order[size:]
-            for i, (ids, logprobs) in zip(batch, self._decode([requests[i] for i in batch])):
-                rollouts[i] = Rollout(ids, logprobs, ids[-1] in self.sampling.end_ids, self.version)
-        self.model.train(was_training)
+        try:
+            with torch.no_grad(), self.autocast:  # one context for all steps: it keeps the weights it has cast
+                yield
+        finally:
+            self.model.train(training)
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+        rollouts: dict[int, Rollout] = {}
+        rows = lambda longest: int(self.max_batch_tokens // min(self.limit, longest + sampling.max_new_tokens))
+        with self._reading():
+            for batch in by_length([len(r.prompt_ids) for r in requests], rows, self.progress):
+                for i, (ids, logprobs) in zip(batch, self._decode([requests[i] for i in batch], sampling)):
+                    rollouts[i] = Rollout(ids, logprobs, ids[-1] in sampling.end_ids, self.version)
         return [rollouts[i] for i in range(len(requests))]
 
-    @torch.no_grad()
-    def _decode(self, requests: list[Request]) -> list[tuple[list[int], list[float]]]:
+    def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
+        """Natural log probability of every token but the first, float64 (len - 1,), whatever the batches are."""
+        out, vocabulary = {}, self.model.config.get_text_config().vocab_size
+        rows = lambda longest: min(self.max_batch_tokens, 2**28 // vocabulary) // longest  # a gigabyte of logits
+        with self._reading():
+            for batch in by_length(list(map(len, sequences)), rows, self.progress):
+                ids = pad_sequence([torch.tensor(sequences[i]) for i in batch], True).to(self.device)  # on the right
+                z = self.model(input_ids=ids[:, :-1], use_cache=False).logits.float()  # (B, T, V)
+                nll = torch.nn.functional.cross_entropy(z.transpose(1, 2), ids[:, 1:], reduction="none")
+                out |= {i: -x[: len(sequences[i]) - 1] for i, x in zip(batch, nll.double().cpu().numpy())}
+        return [out[i] for i in range(len(sequences))]
+
+    def _decode(self, requests: list[Request], s: Sampling) -> list[tuple[list[int], list[float]]]:
         from transformers import DynamicCache
 
-        s, put = self.sampling, functools.partial(torch.tensor, device=self.device)
+        put = functools.partial(torch.tensor, device=self.device)
         width = max(len(r.prompt_ids) for r in requests)
         pad = [width - len(r.prompt_ids) for r in requests]  # on the left
         ids = put([[0] * p + r.prompt_ids for p, r in zip(pad, requests)])
@@ -136,22 +171,22 @@ class HFSampler:
         position = (mask.cumsum(1) - 1).clamp_min(0)
         uniform = [np.random.Generator(np.random.Philox(r.seed)).random(s.max_new_tokens) for r in requests]
         uniform = put(np.stack(uniform))
+        room = put([min(s.max_new_tokens, self.limit - len(r.prompt_ids)) for r in requests])
         ends, alive = put(s.end_ids, dtype=torch.long), torch.arange(len(requests), device=self.device)
         cache, steps = DynamicCache(config=self.model.config), []
-        with self.autocast:  # one context for all steps: it keeps the weights it has cast
-            for t in range(s.max_new_tokens):
-                z = next_logits(self.model, cache, ids, mask, position)
-                token = _draw(z, uniform[alive, t], s)
-                steps.append((alive, token, z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)))
-                going = ~torch.isin(token, ends)
-                if not going.all():  # rows that have ended leave the batch
-                    keep = going.nonzero()[:, 0]
-                    if not len(keep):
-                        break
-                    cache.reorder_cache(keep)
-                    alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
-                ids, position = token[:, None], position[:, -1:] + 1
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        for t in range(s.max_new_tokens):
+            z = next_logits(self.model, cache, ids, mask, position)
+            token = _draw(z, uniform[alive, t], s)
+            steps.append((alive, token, z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)))
+            going = ~torch.isin(token, ends) & (t + 1 < room[alive])
+            if not going.all():  # rows that have ended leave the batch
+                keep = going.nonzero()[:, 0]
+                if not len(keep):
+                    break
+                cache.reorder_cache(keep)
+                alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
+            ids, position = token[:, None], position[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         out = [([], []) for _ in requests]
         for step in steps:
             for row, token, logprob in zip(*(x.tolist() for x in step)):
@@ -196,14 +231,15 @@ def keep_rng():
 
 
 class VLLMSampler:
-    """One colocated vLLM engine per rank, or per `tensor_parallel` neighbouring ranks, in the training process.
+    """One vLLM engine in this process; in training one per rank, or per `tensor_parallel` neighbouring ranks.
 
-    The engine starts with random weights: the first load_weights is the first time it can say anything sensible, so a
-    forgotten synchronisation cannot go unnoticed. Under torchrun the process group must exist first: the constructor
-    is collective. Any exception of the engine is final: it may hold half of the weights or requests nobody waits for.
+    With load_format "dummy" it starts with random weights: the first load_weights is the first time it can say anything
+    sensible, so a forgotten synchronisation cannot go unnoticed. "auto" reads the weights of `model`. Under torchrun
+    the process group must exist first: the constructor is collective. Any exception of the engine is final: it may hold
+    half of the weights or requests nobody waits for.
 
     Args:
-        model: directory or Hub id; only its configuration is read.
+        model: directory or Hub id.
         max_model_len: prompt + completion tokens.
         memory: KV cache size in bytes if > 1, share of the device's memory if <= 1.
         deadline: seconds after which one call raises TimeoutError with the unfinished requests.
@@ -211,16 +247,17 @@ class VLLMSampler:
     """
 
     def __init__(
-        self, model: str, sampling: Sampling, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
+        self, model: str, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
         revision: str | None = None, max_num_seqs: int = 256, deadline: float = 1800.0, sleep: bool = False,
-        enforce_eager: bool = False,
+        enforce_eager: bool = False, load_format: Literal["dummy", "auto"] = "dummy",
     ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are the same for good and bad weights
         from vllm import LLM
 
-        self.sampling, self.max_model_len, self.deadline, self.version = sampling, max_model_len, deadline, -1
+        self.limit, self.deadline, self.version = max_model_len, deadline, -1 if load_format == "dummy" else 0
+        self.window = max_model_len - 2  # of score: the last token is read too, and one more has to be written
         self.until, self.late, self.dead = math.inf, [], False
         self.collective = tensor_parallel > 1  # every rank of an engine must make every call
         self.group = None
@@ -242,8 +279,10 @@ class VLLMSampler:
                 tensor_parallel_size=tensor_parallel, enable_sleep_mode=self.use_sleep,
                 enforce_eager=enforce_eager or not torch.cuda.is_available(),  # compiling for a CPU takes too long
                 max_num_batched_tokens=max(4096, max_model_len),  # larger ones mislead the memory profiler
-                load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", **extra,
+                load_format=load_format, skip_tokenizer_init=True, generation_config="vllm", **extra,
             )  # fmt: skip
+        self.llm.update_weight_version(str(self.version))
+        self.end_ids = ids_of(self.llm.model_config.try_get_generation_config().get("eos_token_id"))
         torch.set_num_threads = set_num_threads  # the CPU engine replaces it, and writes to the environment
         for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD"):
             os.environ.pop(name, None)
@@ -267,42 +306,57 @@ class VLLMSampler:
             self.llm.update_weight_version(str(version))
             self.version = version
 
-    def generate(self, requests: list[Request]) -> list[Rollout]:
-        if self.version < 0:
-            raise RuntimeError("load_weights before generate: the engine holds random weights")
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         if not self.collective:
-            return self._run(requests) if requests else []
+            return self._sample(requests, sampling)
         parts: list = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(parts, requests, group=self.group)  # every rank of an engine gives it all requests
-        everything, before = sum(parts, []), sum(map(len, parts[: dist.get_rank(self.group)]))
-        return self._run(everything)[before : before + len(requests)] if everything else []
+        before = sum(map(len, parts[: dist.get_rank(self.group)]))
+        return self._sample(sum(parts, []), sampling)[before : before + len(requests)]
 
-    def _run(self, requests: list[Request]) -> list[Rollout]:
+    def _sample(self, requests: list[Request], s: Sampling) -> list[Rollout]:
         from vllm import SamplingParams
 
-        s, done = self.sampling, {}
         params = [
             SamplingParams(
                 temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p, seed=r.seed,
-                max_tokens=min(s.max_new_tokens, self.max_model_len - len(r.prompt_ids)),
+                max_tokens=min(s.max_new_tokens, self.limit - len(r.prompt_ids)),
                 stop_token_ids=list(s.end_ids), ignore_eos=True,  # these end ids, whatever the model's own files say
                 logprobs=0, detokenize=False,  # of the sampled token
             ) for r in requests
         ]  # fmt: skip
-        with self._engine():
-            names = self.llm.enqueue([{"prompt_token_ids": r.prompt_ids} for r in requests], params, use_tqdm=False)
-            names = [name.rpartition("-")[0] for name in names]  # outputs are named without the random part
-            self.late = list(range(len(names)))
-            while len(done) < len(names):
-                done |= {out.request_id: out.outputs[0] for out in self.llm.llm_engine.step() if out.finished}
-                self.late = [i for i, name in enumerate(names) if name not in done]
-                self.check()
+        found = [out.outputs[0] for out in self._run([r.prompt_ids for r in requests], params)]
         return [
             Rollout(
                 list(c.token_ids), [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)],
                 c.finish_reason == "stop", int(c.weight_versions[0].version),
-            ) for c in map(done.get, names)
+            ) for c in found
         ]  # fmt: skip
+
+    def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
+        """As HFSampler.score."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        found = [out.prompt_logprobs for out in self._run(sequences, [params] * len(sequences))]
+        return [np.array([at[i].logprob for i, at in zip(s[1:], f[1:])]) for s, f in zip(sequences, found)]
+
+    def _run(self, prompts: list[list[int]], params: list) -> list:
+        """vLLM's outputs, in order."""
+        if self.version < 0:
+            raise RuntimeError("load_weights before generate: the engine holds random weights")
+        if not prompts:
+            return []
+        done = {}
+        with self._engine():
+            names = self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+            names = [name.rpartition("-")[0] for name in names]  # outputs are named without the random part
+            self.late = list(range(len(names)))
+            while len(done) < len(names):
+                done |= {out.request_id: out for out in self.llm.llm_engine.step() if out.finished}
+                self.late = [i for i, name in enumerate(names) if name not in done]
+                self.check()
+        return [done[name] for name in names]
 
     @contextlib.contextmanager
     def _engine(self):
@@ -527,7 +581,7 @@ class WindowBuffer:
 
     Args:
         rows: RowStream or StreamedRows.
-        sampler: answers on-policy prompts; None if lmbda is 0.
+        sampler: answers on-policy prompts as `sampling` says; None if lmbda is 0.
         weights_of: () -> the student's state dict, as the sampler wants it.
         last_step: no window is made from this step on.
         teacher_answers: for seq_kd, (epoch, index, row) of off-policy rows -> completions written by the teacher.
@@ -535,10 +589,11 @@ class WindowBuffer:
     """
 
     def __init__(
-        self, schedule: Schedule, rows, encoder: Encoder, sampler, weights_of, last_step: int, lag: int = 0,
-        teacher_answers=None, dtype: torch.dtype | None = None,
+        self, schedule: Schedule, rows, encoder: Encoder, sampler, sampling: Sampling, weights_of, last_step: int,
+        lag: int = 0, teacher_answers=None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        self.schedule, self.rows, self.encoder, self.sampler = schedule, rows, encoder, sampler
+        self.schedule, self.rows, self.encoder = schedule, rows, encoder
+        self.sampler, self.sampling = sampler, sampling
         self.weights_of, self.last_step, self.lag, self.teacher_answers = weights_of, last_step, lag, teacher_answers
         self.dtype, self.pending = dtype, {}  # windows on the way, by step
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
@@ -604,7 +659,8 @@ class WindowBuffer:
         if requests or (self.sampler and self.sampler.collective):
             self.sampler.load_weights(weights, version)
             seconds["sync"] = time.perf_counter() - start
-            for (sample, _), rollout in zip(requests, self.sampler.generate([r for _, r in requests])):
+            rollouts = self.sampler.generate([r for _, r in requests], self.sampling)
+            for (sample, _), rollout in zip(requests, rollouts):
                 ids = self.encoder.known(rollout.completion_ids)
                 sample.completion_ids, sample.finished = ids, rollout.finished and len(ids) == len(rollout.logprobs)
                 sample.logprobs, sample.version = rollout.logprobs[: len(ids)], rollout.version
@@ -777,7 +833,7 @@ class LocalTeacher:
         return hidden.flatten(0, 1)[rows.to(self.device)]
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        return HFSampler(self.model, sampling).generate(requests)
+        return HFSampler(self.model).generate(requests, sampling)
 
     def close(self) -> None:
         pass
