@@ -16,6 +16,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two processes on one CPU: spinning threads cost 40x
 
+import copy
 import functools
 import importlib.util
 import json
@@ -25,10 +26,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from datetime import date, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -58,14 +58,15 @@ class Config:
     teacher_device: str | None = None  # like cuda:7, shared by the ranks of a node; none: a copy beside each student
     teacher_url: str | None = None  # vLLM server that scores, like http://host:8000; none: the teacher is loaded here
     teacher_top_k: int = 32  # tokens per position that a served teacher tells
+    student_template_options: str | None = None  # JSON for its chat template, like '{"enable_thinking": false}'
+    teacher_template_options: str | None = None  # JSON for the teacher's chat template
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of forward passes; auto: bf16 on GPU. Weights are always fp32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the student's layers
     # ---- data
-    dataset: str = "countdown-mini"  # Hub id, .jsonl/.json/.parquet, saved data set, or countdown, countdown-mini
+    dataset: str = "countdown-mini"  # Hub id, .jsonl/.json/.parquet/.csv, saved data set, countdown, countdown-mini
     subset: str | None = None  # configuration of the data set
     split: str = "train"  # split, with an optional slice: train[:1024]
-    streaming: bool = False  # iterate over the data set without loading it
     eval_ratio: float = 0.0  # share of the rows held out, for eval/heldout_loss; 0: none
     max_length: int = 1024  # prompt + completion in student tokens; rows with longer prompts are dropped and counted
     max_completion_length: int = 512  # sampled or written completion in student tokens
@@ -164,12 +165,12 @@ def slots_per_window(cfg: Config) -> int:
 
 
 IN_RANGE = {  # least, most: names
-    (1, math.inf): "per_device_train_batch_size gradient_accumulation_steps num_generations generation_batch_size "
+    (1, 1e18): "per_device_train_batch_size gradient_accumulation_steps num_generations generation_batch_size "
     "max_steps max_completion_length teacher_top_k vllm_tensor_parallel_size save_total_limit eval_max_samples "
     "eval_num_samples",
-    (0, math.inf): "temperature top_k ce_weight learning_rate weight_decay eval_steps eval_temperature early_stop "
+    (0, 1e18): "temperature top_k ce_weight learning_rate weight_decay eval_steps eval_temperature early_stop "
     "save_steps sample_steps seed",
-    (1e-9, math.inf): "num_train_epochs loss_temperature max_grad_norm vllm_memory vllm_deadline eval_timeout",
+    (1e-9, 1e18): "num_train_epochs loss_temperature max_grad_norm vllm_memory vllm_deadline eval_timeout",
     (0, 1): "lmbda beta eval_ratio warmup_ratio min_p",
     (1e-9, 1): "top_p",
 }
@@ -223,7 +224,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
     need(cfg.sampler_device is None or cfg.lag > 0, "sampler_device needs --lag 1: without lag the student samples")
     for name in ("teacher_device", "sampler_device"):
         need(values[name] is None or is_device(values[name]), f"{name}: there is no device {values[name]!r} here")
-    need(not (cfg.streaming and cfg.eval_ratio), "a streamed data set holds no rows out: --eval-ratio 0")
+    template_options(cfg.student_template_options), template_options(cfg.teacher_template_options)
     tasks = [task.name for task in gold_eval.parse_tasks(cfg.eval_tasks)]
     gold_eval.Options(num_samples=cfg.eval_num_samples, temperature=cfg.eval_temperature)
     measured = bool(tasks or cfg.eval_ratio)
@@ -555,105 +556,73 @@ def environment() -> dict:
 # training
 
 
-TOO_LONG = "prompt longer than max_length - max_completion_length"
+def template_options(text: str | None) -> dict | None:
+    """Raises ValueError for what is no JSON object."""
+    try:
+        options = None if text is None else dict(json.loads(text))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'template options are JSON like {{"enable_thinking": false}}, not {text!r}') from e
+    return options
 
 
-def in_words(dropped: Counter) -> str:
-    return ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "none"
-
-
-def load_data(cfg: Config, student: gold_data.Vocabulary, say) -> tuple[object, int | None, list[gold_data.Row]]:
-    """(rows by position, rows per epoch or None when streaming, held-out rows); says what was dropped, and why.
+def load_data(
+    cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary | None, say
+) -> tuple[gold_data.Rows, gold_data.Rows]:
+    """(rows to train on, held-out rows); says what was dropped, and why.
 
     Raises ValueError if nothing usable is left or answers are missing that lmbda < 1 needs.
     """
-    evaluated = [
-        row for task in cfg.eval_tasks for row in gold_eval.load_task_rows(task, cfg.eval_max_samples, cfg.seed)
-    ]
-    asked = {row.key for row in evaluated}
-    needs_answers = cfg.lmbda < 1 and not cfg.seq_kd
-
-    def fits(row: gold_data.Row) -> bool:
-        prompt = len(gold_data.encode_prompt(student.tokenizer, row.prompt))
-        return prompt + cfg.max_completion_length <= cfg.max_length
-
-    if cfg.streaming:
-        dropped = Counter()
-
-        def open_rows():
-            for row in gold_data.iter_rows(cfg.dataset, cfg.subset, cfg.split, streaming=True, dropped=dropped):
-                reasons = {
-                    "in an evaluation task": row.key in asked,
-                    "without an answer": needs_answers and row.completion is None,
-                    TOO_LONG: not fits(row),
-                }
-                dropped.update(reason for reason, holds in reasons.items() if holds)
-                if not any(reasons.values()):
-                    yield row
-
-        if cfg.max_steps is None:
-            raise ValueError("a streamed data set has no known length: set --max-steps")
-        say(f"data: streaming {cfg.dataset}; what is dropped on the way is counted at the end")
-        return gold_buffer.StreamedRows(open_rows, dropped), None, []
-    rows, dropped = gold_data.load_rows(cfg.dataset, cfg.subset, cfg.split)
-    total = len(rows) + sum(dropped.values())
-    rows, held, dropped["same question as a held-out row"] = gold_data.hold_out(rows, cfg.eval_ratio, cfg.seed)
-    rows, dropped["in an evaluation task"] = gold_data.without(rows, evaluated)
-    held = [row for row in held if row.completion is not None and fits(row)]
+    tokenizers = [v.tokenizer for v in (student, teacher) if v is not None]
+    room = cfg.max_length - cfg.max_completion_length
+    rows, dropped = gold_data.load_rows(cfg.dataset, cfg.subset, cfg.split, tokenizers, room)
+    total = len(rows) + sum(n for n, _ in dropped.values())
+    rows, held = gold_data.hold_out(rows, cfg.eval_ratio, cfg.seed, dropped)
+    held = held[held.index["answered"]]
     if cfg.eval_ratio and not held:
         raise ValueError("eval_ratio holds out no row with an answer that fits max_length: raise it, or --eval-ratio 0")
-    without_answer = sum(row.completion is None for row in rows)
-    if needs_answers and without_answer:
+    for task in cfg.eval_tasks:
+        asked = [row.key for row in gold_eval.load_task_rows(task, cfg.eval_max_samples, cfg.seed)]
+        rows = rows.drop(np.isin(rows.index["key"], asked), f"in the evaluation task {task}", dropped)
+    if cfg.lmbda < 1 and not cfg.seq_kd:
+        rows = rows.drop(~rows.index["answered"], "without a completion", dropped)
+    counts = gold_data.in_words(dropped)
+    if not rows:
         raise ValueError(
-            f"{without_answer} of {len(rows)} rows of {cfg.dataset} have a prompt but no completion, and lmbda "
-            f"{cfg.lmbda} trains on completions: set --lmbda 1, or --seq-kd to have the teacher write them"
+            f"no row of {cfg.dataset} is left (dropped: {counts}). If completions are missing, which lmbda {cfg.lmbda} "
+            "trains on: set --lmbda 1, or --seq-kd to have the teacher write them"
         )
-    kept = [row for row in rows if fits(row)]
-    dropped[TOO_LONG] = len(rows) - len(kept)
-    counts = in_words(dropped)
-    if not kept:
-        raise ValueError(
-            f"no row of {cfg.dataset} is left (dropped: {counts}): prompts may have {cfg.max_length} - "
-            f"{cfg.max_completion_length} tokens, raise --max-length or lower --max-completion-length"
-        )
-    cut = 0
-    if needs_answers:
-        few = kept[:1000]
-        cut = sum(len(student.encode(row.completion.encode())[0]) >= cfg.max_completion_length for row in few) / len(
-            few
-        )
-    say(
-        f"data: {total} rows, {len(kept)} for training, {len(held)} held out; dropped: {counts}; "
-        f"completions cut at max_completion_length: {cut:.1%}"
-    )
-    return gold_buffer.RowStream(kept, cfg.seed), len(kept), held
+    say(f"data: {total} rows, {len(rows)} for training, {len(held)} held out; dropped: {counts}")
+    return rows, held
 
 
-def say_example(rows, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary | None, pairing, say) -> None:
+def say_example(rows: gold_data.Rows, encoder: gold_buffer.Encoder, pairing, say) -> None:
     """One row as both models will see it, and how well the two vocabularies meet."""
-    row = rows[0][2]
-    for name, vocabulary in (("student", student), ("teacher", teacher)):
+    student, teacher = encoder.student, encoder.teacher
+    *prompts, answer = encoder.prompts(rows[0])
+    for name, vocabulary, ids in zip(("student", "teacher"), (student, teacher), prompts):
         if vocabulary is not None:
             ends = [vocabulary.tokenizer.convert_ids_to_tokens(i) for i in vocabulary.ends]
-            say(f"{name} sees {gold_data.render_prompt(vocabulary.tokenizer, row.prompt)!r}, ends with any of {ends}")
+            say(f"{name} sees {vocabulary.tokenizer.decode(ids)!r}, ends with any of {ends}")
+    few = [encoder.prompts(row)[2] or row.prompt[-1]["content"] for row in rows[:64]]
+    if answer is not None:
+        cut = sum(not encoder.completion(text)[1] for text in few)
+        say(f"answers cut at max_completion_length {encoder.max_completion_length}: {cut} of the first {len(few)}")
     if pairing is not None and pairing.loss == "jsd":
-        prompts = [gold_data.encode_prompt(v.tokenizer, row.prompt) for v in (student, teacher)]
         if prompts[0] != prompts[1]:
             say("note: one vocabulary, but two chat templates; each model is prompted by its own")
     elif pairing is not None:
         if student.bytes == teacher.bytes[: student.size]:
             say("note: same vocabulary, but different end tokens: compared as different tokenizers, ends by role")
-        texts = [row.completion or row.prompt[-1]["content"] for row in (rows[i][2] for i in range(64))]
         names = (v.tokenizer.name_or_path for v in (student, teacher))
-        gold_data.print_coverage(gold_data.coverage(student, teacher, texts), *names)
+        gold_data.print_coverage(gold_data.coverage(student, teacher, few), *names)
 
 
-def heldout_samples(cfg: Config, held: list[gold_data.Row], encoder, ranks: Ranks) -> list[gold_data.Sample]:
+def heldout_samples(cfg: Config, held: gold_data.Rows, encoder, ranks: Ranks) -> list[gold_data.Sample]:
     """This rank's part of the held-out answers, at most eval_max_samples over all ranks."""
     samples = []
     for row in held[: cfg.eval_max_samples][ranks.rank :: ranks.world_size]:
-        prompt, teacher_prompt = encoder.prompts(row)
-        ids, finished = encoder.completion(row.completion)
+        prompt, teacher_prompt, answer = encoder.prompts(row)
+        ids, finished = encoder.completion(answer)
         samples.append(encoder.align(gold_data.Sample(prompt, ids, finished, False, teacher_prompt)))
     return samples
 
@@ -752,9 +721,21 @@ def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
 
 
 SAME_RUN = (
-    "seed", "lmbda", "num_generations", "world_size", "slots", "dataset", "subset", "split", "streaming", "rows",
-    "steps", "lag", "student_model", "teacher_model", "seq_kd", "temperature", "max_completion_length", "weight_decay",
+    "seed", "lmbda", "num_generations", "world_size", "slots", "dataset", "subset", "split", "rows", "rows_hash",
+    "steps", "lag", "student_model", "teacher_model", "student_template_options", "teacher_template_options", "seq_kd",
+    "temperature", "max_completion_length", "weight_decay",
 )  # fmt: skip
+
+
+def read_state(out: str) -> dict:
+    """What the last checkpoint holds besides the models."""
+    path = Path(out) / "checkpoints" / "latest" / "trainer.pt"
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+
+
+def first_day(cfg: Config) -> str:
+    """The date that chat templates write: the day on which the run began, on every rank and after every resume."""
+    return read_state(cfg.output_dir)["run"]["day"] if cfg.resume else gather(str(date.today()))[0]
 
 
 def restore(run: dict, ranks: Ranks, optimizer, buffer: gold_buffer.WindowBuffer) -> tuple[int, int]:
@@ -763,7 +744,7 @@ def restore(run: dict, ranks: Ranks, optimizer, buffer: gold_buffer.WindowBuffer
     Args: run: the configuration and what was derived from it. Raises ValueError if it is not that of the checkpoint.
     """
     out = Path(run["output_dir"])
-    saved = torch.load(out / "checkpoints" / "latest" / "trainer.pt", map_location="cpu", weights_only=False, mmap=True)
+    saved = read_state(run["output_dir"])
     changed = {k: f"{saved['run'][k]} -> {run[k]}" for k in SAME_RUN if saved["run"][k] != run[k]}
     if changed:
         raise ValueError(f"--resume, but this would be another run: {changed}")
@@ -788,21 +769,33 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
 
     with one_clear_line():  # most mistakes show before any weights are read
         check(cfg, ranks)
-        vocabulary = gold_data.load_vocabulary(cfg.student_model, cfg.student_revision)
-        teacher_vocabulary = (
-            gold_data.load_vocabulary(cfg.teacher_model, cfg.teacher_revision) if cfg.teacher_model else None
+        day = first_day(cfg)
+        vocabulary, teacher_vocabulary = (
+            gold_data.load_vocabulary(name, revision, template_options(options), day) if name else None
+            for name, revision, options in (
+                (cfg.student_model, cfg.student_revision, cfg.student_template_options),
+                (cfg.teacher_model, cfg.teacher_revision, cfg.teacher_template_options),
+            )
         )
         pairing = pair(cfg, vocabulary, teacher_vocabulary, device) if teacher_vocabulary else None
-        rows, rows_per_epoch, held = load_data(cfg, vocabulary, say)
+        cross = pairing is not None and pairing.loss != "jsd"
+        encoder = gold_buffer.Encoder(
+            vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, cross and pairing.loss == "prefix"
+        )
+        if ranks.local_rank > 0:
+            dist.barrier()  # one rank per node looks through the data, the others read what it found from the cache
+        rows, held = load_data(cfg, vocabulary, teacher_vocabulary, say)
+        if ranks.local_rank == 0 and dist.is_initialized():
+            dist.barrier()
         if master:
             if not cfg.resume:  # what a run has left that was killed before its first checkpoint
                 for name in RECORDS:
                     (out / name).unlink(missing_ok=True)
                 shutil.rmtree(out / "seq_kd", ignore_errors=True)
-            say_example(rows, vocabulary, teacher_vocabulary, pairing, say)
+            say_example(rows, encoder, pairing, say)
         slots = slots_per_window(cfg)
         schedule = gold_buffer.Schedule(cfg.seed, cfg.lmbda, slots, cfg.num_generations, ranks.rank, ranks.world_size)
-        max_steps = cfg.max_steps or schedule.steps_for(math.ceil(cfg.num_train_epochs * rows_per_epoch))
+        max_steps = cfg.max_steps or schedule.steps_for(math.ceil(cfg.num_train_epochs * len(rows)))
         say(
             f"loss: {pairing.loss if pairing else 'cross entropy only'}, beta {cfg.beta} (0 = KL(teacher||student), "
             f"1 = KL(student||teacher)), scale {cfg.jsd_scale}; lmbda {cfg.lmbda}; {max_steps} steps of "
@@ -812,26 +805,26 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
         parts = Parts(model, head, autocast, pairing, teacher, teacher_head)
         sampler = open_sampler(cfg, student, vocabulary.ends, device, say)
-        cross = pairing is not None and pairing.loss != "jsd"
-        encoder = gold_buffer.Encoder(
-            vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, cross and pairing.loss == "prefix"
-        )
         held_samples = heldout_samples(cfg, held, encoder, ranks)
         answers = None
         if cfg.seq_kd:
             how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
             answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
         buffer = gold_buffer.WindowBuffer(
-            schedule, rows, encoder, sampler, student.state_dict, max_steps, cfg.lag, answers
-        )
+            schedule, gold_buffer.RowStream(rows, cfg.seed), encoder, sampler, student.state_dict, max_steps, cfg.lag,
+            answers,
+        )  # fmt: skip
         optimizer, parameters = open_optimizer(cfg, student), sum(p.numel() for p in student.parameters())
-        run = asdict(cfg) | {"world_size": ranks.world_size, "slots": slots, "rows": rows_per_epoch, "steps": max_steps}
+        run = asdict(cfg) | {"world_size": ranks.world_size, "slots": slots, "steps": max_steps, "day": day}
+        run |= {"rows": len(rows), "rows_hash": rows.hash}
         step, num_tokens = 0, 0
         if cfg.resume:
             step, num_tokens = restore(run, ranks, optimizer, buffer)
             say(f"resumed after step {step}")
         records = Records(cfg, ranks, max_steps, step, student, say) if master else None
 
+    # encoding changes a tokenizer: the vocabularies' own are the sampler thread's from here on, the loop has a copy
+    tokenizer = copy.deepcopy(vocabulary.tokenizer)
     finished, trained = step >= max_steps, time.perf_counter()
     while not finished:
         started, stats, lr = time.perf_counter(), Stats(), get_lr(cfg, step, max_steps)
@@ -879,11 +872,11 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         if master:
             records.log(row)
             if every(cfg.sample_steps, step) or step == 1 and cfg.sample_steps:
-                save_samples(out / "samples.jsonl", step, window, vocabulary)
+                save_samples(out / "samples.jsonl", step, window, tokenizer)
 
             # 7) evaluate: the child gets a copy of these weights; results arrive in a later poll
             if due:
-                records.evaluate(step, student, vocabulary.tokenizer, final=finished)
+                records.evaluate(step, student, tokenizer, final=finished)
             records.poll()
 
         # 8) checkpoint: step, weights, optimizer and the windows made ahead are all the state there is
@@ -892,11 +885,9 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             if master:
                 state = {"step": step, "num_tokens": num_tokens, "windows": windows, "run": run}
                 state["optimizer"] = optimizer.state_dict()
-                save_checkpoint(out / "checkpoints", state, student, vocabulary.tokenizer, cfg.save_total_limit)
+                save_checkpoint(out / "checkpoints", state, student, tokenizer, cfg.save_total_limit)
 
     buffer.close()
-    if cfg.streaming:
-        say(f"data: dropped while streaming: {in_words(rows.dropped)}")
     if teacher is not None:
         teacher.close()
     if dist.is_initialized():
@@ -978,10 +969,10 @@ def log_row(cfg, step, lr, grad_norm, window, stats, counts, parameters, ranks) 
     return row
 
 
-def save_samples(path: Path, step: int, window: gold_buffer.Window, vocabulary: gold_data.Vocabulary) -> None:
+def save_samples(path: Path, step: int, window: gold_buffer.Window, tokenizer) -> None:
     """A few completions of the window, as text."""
     for s in window.samples[:4]:
-        prompt, completion = (vocabulary.tokenizer.decode(ids) for ids in (s.prompt_ids, s.completion_ids))
+        prompt, completion = (tokenizer.decode(ids) for ids in (s.prompt_ids, s.completion_ids))
         entry = {"step": step, "on_policy": s.on_policy, "finished": s.finished, "version": s.version}
         append_json(path, entry | {"prompt": prompt, "completion": completion})
 

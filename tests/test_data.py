@@ -916,15 +916,6 @@ def test_rules_without_puzzles_are_an_error(rule, message):
         gold_data.make_countdown(50, rule=rule)
 
 
-def test_held_out_rows_are_kept_from_training_with_all_their_repetitions():
-    rows = [gold_data.Row(({"role": "user", "content": str(i % 20)},), str(i)) for i in range(50)]
-    kept, held, dropped = gold_data.hold_out(rows, 0.2, seed=3)
-    assert len(held) == 4 and len({row.key for row in held}) == 4
-    assert not {row.key for row in kept} & {row.key for row in held} and len(kept) + len(held) + dropped == 50
-    assert gold_data.hold_out(rows, 0.2, seed=3)[1] == held != gold_data.hold_out(rows, 0.2, seed=4)[1]
-    assert gold_data.hold_out(rows, 0, seed=3) == (rows, [], 0)
-
-
 # ---- the command line
 
 

@@ -21,6 +21,10 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+def counts(dropped: gold_data.Dropped) -> dict[str, int]:
+    return {why: n for why, (n, _) in dropped.items()}
+
+
 OPENR1 = {  # open-r1/OpenR1-Math-220k
     "problem": USER,
     "solution": "3 + 4 = 7",
@@ -118,7 +122,7 @@ def test_of_several_generations_the_first_verified_and_complete_one_is_taken_or_
     wrong = OPENR1 | {"correctness_math_verify": [False] * 4}
     rows, dropped = gold_data.load_rows(write(tmp_path / "r.jsonl", [OPENR1, wrong]))
     assert [row.completion for row in rows] == ["<think>hm</think>7"]
-    assert dropped == {"no verified generation": 1}
+    assert counts(dropped) == {"no verified generation": 1}
 
 
 def test_the_published_countdown_prompt_is_built_from_numbers_and_target():
@@ -130,8 +134,8 @@ def test_the_published_countdown_prompt_is_built_from_numbers_and_target():
 def test_rows_without_content_are_dropped_and_counted_and_unknown_columns_are_an_error(tmp_path):
     rows = [{"problem": USER, "solution": " "}, {"messages": CHAT[1:]}, {"problem": USER, "solution": "7"}]
     kept, dropped = gold_data.load_rows(write(tmp_path / "r.jsonl", rows))
-    assert len(kept) == 1 and dropped == {"empty completion": 1, "empty prompt": 1}
-    with pytest.raises(KeyError, match="cannot read a row with columns"):
+    assert len(kept) == 1 and counts(dropped) == {"empty completion": 1, "empty prompt": 1}
+    with pytest.raises(ValueError, match=r"1 columns of no known schema \(line 1: {.foo.: 1}.*`messages`.*`nums`"):
         gold_data.load_rows(write(tmp_path / "x.jsonl", [{"foo": 1}]))
 
 
@@ -156,6 +160,8 @@ def names(rows) -> list[str]:
         ("train[:99]", range(10)),
         ("train[50%:]", range(5, 10)),
         ("train[:20%]", range(2)),
+        ("train[-3:]", range(7, 10)),
+        ("train[:2]+train[50%:60%]", [0, 1, 5]),
     ],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
@@ -191,10 +197,10 @@ def test_a_subset_that_is_a_split_is_used_as_one(openmath):
 def test_a_subset_or_split_that_does_not_exist_is_an_error_that_lists_what_does(openmath):
     with pytest.raises(ValueError, match="no subset 'train_9M'.*train"):
         gold_data.load_rows(openmath, "train_9M")
-    with pytest.raises(ValueError, match="no split 'test'.*train"):
+    with pytest.raises(ValueError, match=r'"test".*\[.train'):
         gold_data.load_rows(openmath, split="test")
     with pytest.raises(ValueError, match="not understood"):
-        gold_data.load_rows(openmath, split="train[:-5]")
+        gold_data.load_rows(openmath, split="train[5")
 
 
 def test_a_missing_subset_among_several_is_an_error_that_lists_them(tmp_path):
@@ -208,13 +214,6 @@ def test_a_missing_subset_among_several_is_an_error_that_lists_them(tmp_path):
     for subset in (None, "mian"):
         with pytest.raises(ValueError, match="main.*socratic"):
             gold_data.load_rows(str(tmp_path / "gsm8k"), subset)
-
-
-def test_streaming_gives_the_same_rows_and_stops_early(openmath):
-    streamed = gold_data.iter_rows(openmath, None, "train_1M[2:5]", streaming=True)
-    assert names(streamed) == [f"train_1M {i}" for i in (2, 3, 4)]
-    first = next(gold_data.iter_rows(openmath, "train_2M", "train", streaming=True))
-    assert names([first]) == ["train_2M 0"]
 
 
 def test_a_broken_line_is_named_and_unicode_line_separators_are_no_lines(tmp_path):

@@ -274,19 +274,6 @@ def test_num_generations_takes_one_prompt_many_times(models, data, tmp_path):
     assert len({s["prompt"] for s in samples}) == 1 and len({s["completion"] for s in samples}) > 1
 
 
-def test_a_streamed_data_set_trains_and_what_it_drops_is_counted(models, tmp_path, capsys):
-    answer = lambda a: None if a % 4 == 1 else f"It is {a}."
-    path = write_rows(tmp_path / "rows.jsonl", answer, n=20)
-    with open(path, "a") as file:
-        file.write(json.dumps({"prompt": "long " * 80, "completion": "too long"}) + "\n")
-    cfg = config(models, path, tmp_path / "out", "same", streaming=True, max_steps=4, max_completion_length=4)
-    gold_train.train(cfg, ALONE)
-    assert metrics(cfg.output_dir)[-1]["step"] == 4  # 32 rows, twice through the 15 usable ones and a bit
-    line = next(x for x in capsys.readouterr().out.splitlines() if "while streaming" in x)
-    counts = {why: int(n) for n, why in re.findall(r"(\d+) ([a-z][^,]*)", line)}
-    assert counts["without an answer"] >= 10 and counts[gold_train.TOO_LONG] == 2
-
-
 def test_epochs_decide_the_number_of_steps(models, data, tmp_path):
     """40 rows, 8 completions a window: 5 windows an epoch whatever lmbda is, for one generation per prompt."""
     cfg = config(models, data, tmp_path / "out", "same", max_steps=None, num_train_epochs=1.5, max_completion_length=4)
@@ -529,7 +516,7 @@ BAD = {
     "a slice that is none": (("--split", "train[5"), r"train\[5"),
     "a missing file": (("--dataset", "gone.jsonl"), r"gone.jsonl"),
     "no room for prompts": (("--max-completion-length", "80"), r"max_completion_length 80 .* max_length 80"),
-    "prompts too long": (("--max-length", "30"), r"no row .* is left .*raise --max-length"),
+    "prompts too long": (("--max-length", "30"), r"no usable row; dropped: 40 prompt .*raise --max-length"),
     "no cross-tokenizer loss": (("--cross-tokenizer-loss", "none"), r"different tokenizers .*choose"),
     "a GPU for evaluation that is not there": (("--eval-gpu", "3", "--eval-tasks", "ppl=x"), r"eval_gpu"),
     "an unknown task": (("--eval-tasks", "countdwn"), r"countdwn"),
@@ -540,7 +527,11 @@ BAD = {
     "a negative seed": (("--seed", "-1"), r"seed must be in"),
     "evaluation steps without evaluation": (("--eval-steps", "5"), r"nothing to evaluate"),
     "a sampler device without lag": (("--sampler-device", "cpu"), r"--lag"),
-    "steps of a streamed set": (("--streaming", "--max-steps", "None"), r"--max-steps"),
+    "epochs without end": (("--num-train-epochs", "inf"), r"num_train_epochs must be in .*: got inf"),
+    "a learning rate that is none": (("--learning-rate", "nan"), r"learning_rate must be in .*: got nan"),
+    "options that are no JSON": (("--student-template-options", "enable_thinking"), r"template options are JSON like"),
+    "options that are a list": (("--student-template-options", "[1]"), r"options are JSON like .* not '\[1\]'"),
+    "an option of no template": (("--teacher-template-options", '{"enable_thinking": 0}'), r"no option enable"),
     "nothing to resume": (("--resume",), r"nothing to resume"),
 }  # fmt: skip
 
