@@ -156,8 +156,10 @@ def to_row(raw: dict) -> Row:
         completion = next(good, None)
         if completion is None:
             raise Unusable("no verified generation")
-    if isinstance(completion, (list, tuple)) and all(
-        isinstance(m, dict) and {"role", "from"} & {*m} for m in completion
+    if (
+        isinstance(completion, list)
+        and completion
+        and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in completion)
     ):
         completion = _messages(completion)
         if [m["role"] for m in completion] != ["assistant"]:
@@ -274,8 +276,10 @@ def _parse(raw: dict, position: int, source: str = "") -> tuple[str, dict | None
     (column, text), *_ = raw.items()
     where = f"{source} {JSON.get(column, 'row')} {position + 1}".lstrip()
     if column in JSON:
-        raw = _json(text, where) if text.strip() else None
-        if raw is not None and not isinstance(raw, dict):
+        if not text.strip():
+            return where, None
+        raw = _json(text, where)
+        if not isinstance(raw, dict):
             raise ValueError(f"{where} is not an object: {text[:80]!r}")
     return where, raw
 

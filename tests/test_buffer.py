@@ -1,6 +1,7 @@
 """Windows: which rows, who answers them, how far ahead, and that none is lost or made twice. HF's sampler against a
 plain loop without cache, batch or padding."""
 
+import copy
 import json
 import threading
 
@@ -383,6 +384,28 @@ def test_completions_are_cut_at_their_length_without_an_end():
     ids, finished = encoder.completion("one")
     assert finished and ids[-1] == 2 and VOCABULARY.join(ids) == b"one"
     assert encoder.completion("one", whole=False) == (ids[:-1], False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=st.text("ab =1\u00e9\u6771", max_size=80), most=st.integers(1, 6))
+def test_no_more_of_a_text_is_encoded_than_could_be_kept(text, most):
+    """And what is kept is what the whole text begins with, to the byte."""
+    encoder = gold_buffer.Encoder(VOCABULARY, None, most, False, False)
+    longest = int(VOCABULARY.lengths.max())
+    ids, finished = encoder.completion(text)
+    if len(text) <= most * longest:
+        whole = VOCABULARY.encode(text.encode())[0] + [2]
+        assert (ids, finished) == (whole[:most], len(whole) <= most)
+    long = (text + "x") * (most * longest + 1)
+    ids, finished = encoder.completion(long)
+    assert len(ids) == most and not finished and long.encode().startswith(VOCABULARY.join(ids))
+
+
+def test_ten_megabytes_of_completion_cost_what_a_thousand_tokens_cost():
+    seen, vocabulary = [], copy.copy(VOCABULARY)
+    vocabulary.encode = lambda text: seen.append(len(text)) or VOCABULARY.encode(text)
+    ids, finished = gold_buffer.Encoder(vocabulary, None, 1000, False, False).completion("10 + 10 = 20\n" * 800_000)
+    assert len(ids) == 1000 and not finished and max(seen) == 1000 * VOCABULARY.lengths.max()
 
 
 def test_choose_sampler_says_why(monkeypatch):

@@ -7,12 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import byte_level, metaspace, tiny_llama, tiny_qwen
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import gold_buffer
 import gold_eval
@@ -272,6 +274,91 @@ def test_num_generations_takes_one_prompt_many_times(models, data, tmp_path):
     gold_train.train(cfg, ALONE)
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert len({s["prompt"] for s in samples}) == 1 and len({s["completion"] for s in samples}) > 1
+
+
+@pytest.mark.parametrize("teacher, seq_kd", [("cross", False), ("cross", True), ("same", False)])
+def test_no_tokenizer_is_used_by_two_threads(models, data, tmp_path, monkeypatch, teacher, seq_kd):
+    """Encoding changes a tokenizer's flags: what the sampler's thread has once used is its own."""
+    used, of_thread, foreign = {}, set(), []
+
+    def watched(name):
+        real = getattr(PreTrainedTokenizerFast, name)
+
+        def method(self, *args, **kwargs):
+            used[id(self)] = self  # kept: an id must not come back
+            here = threading.current_thread().name
+            if here == "sampler":
+                of_thread.add(id(self))
+            elif id(self) in of_thread:
+                foreign.append((name, here))
+            return real(self, *args, **kwargs)
+
+        return method
+
+    for name in ("__call__", "decode", "apply_chat_template", "save_pretrained", "convert_ids_to_tokens"):
+        monkeypatch.setattr(PreTrainedTokenizerFast, name, watched(name))
+    cfg = config(
+        models, data, tmp_path / "out", teacher, lag=1, max_steps=3, save_steps=1, sample_steps=1, eval_ratio=0.2,
+        eval_steps=1, seq_kd=seq_kd, max_completion_length=8,
+    )  # fmt: skip
+    gold_train.train(cfg, ALONE)
+    assert len(of_thread) == 2 and not foreign and len(used) >= 3
+
+
+def test_a_run_and_its_resume_write_the_day_on_which_the_run_began(models, tmp_path, monkeypatch, data):
+    dated = AutoTokenizer.from_pretrained(models["student"])
+    dated.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + dated.chat_template
+    (tmp_path / "dated").mkdir()
+    student = save(tmp_path / "dated" / "student", tiny_qwen(len(dated)), dated)
+
+    def on(day):
+        monkeypatch.setattr(gold_train, "date", type("", (), {"today": staticmethod(lambda: day)}))
+
+    cfg = config(models | {"student": student}, data, tmp_path / "out", "same", sample_steps=1, max_completion_length=4)
+    on("2026-01-31")
+    gold_train.train(dataclasses.replace(cfg, max_steps=4, output_dir=str(tmp_path / "whole")), ALONE)
+    cfg = dataclasses.replace(cfg, max_steps=4, save_steps=2)
+
+    class Stop(Exception):
+        pass
+
+    real = gold_train.save_checkpoint
+    monkeypatch.setattr(gold_train, "save_checkpoint", lambda *args: (real(*args), (_ for _ in ()).throw(Stop)))
+    with pytest.raises(Stop):
+        gold_train.train(cfg, ALONE)
+    monkeypatch.setattr(gold_train, "save_checkpoint", real)
+    on("2026-02-01")
+    gold_train.train(dataclasses.replace(cfg, resume=True), ALONE)
+    prompts = [row["prompt"] for row in gold_eval.read_jsonl(tmp_path / "out" / "samples.jsonl")]
+    assert len(prompts) == 16 and all(prompt.startswith("2026-01-31") for prompt in prompts)
+    assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out" / "checkpoints" / "latest")
+    assert saved.init_kwargs["chat_date"] == "2026-01-31", "its evaluation writes that day too"
+
+
+def test_a_run_whose_rows_have_changed_is_not_gone_on_with(models, tmp_path):
+    cfg = config(models, write_rows(tmp_path / "r.jsonl", str), tmp_path / "out", max_completion_length=4)
+    gold_train.train(cfg, ALONE)
+    write_rows(tmp_path / "r.jsonl", lambda a: str(a + 1))  # as many as before
+    with pytest.raises(SystemExit, match="another run.*rows_hash"):
+        gold_train.train(dataclasses.replace(cfg, resume=True), ALONE)
+
+
+def test_odd_rows_cost_a_run_nothing_but_themselves(models, tmp_path, capsys):
+    path = Path(write_rows(tmp_path / "r.jsonl", lambda a: None if a % 4 == 1 else f"It is {a}.", n=20))
+    odd = [{"messages": [{"role": "tool", "content": "x"}]}, {"prompt": "long " * 80, "completion": "x"}, {"text": "x"}]
+    path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in odd))
+    cfg = config(models, str(path), tmp_path / "out", "cross", max_steps=None, max_completion_length=4)
+    gold_train.train(cfg, ALONE)
+    assert metrics(cfg.output_dir)[-1]["step"] == 2  # 15 rows
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("data: 23 rows, 15 for training"))
+    for part in (
+        "1 empty prompt (line 21:",
+        "1 prompt longer",
+        "1 columns of no known schema",
+        "5 without a completion (line 2:",
+    ):
+        assert part in line
 
 
 def test_epochs_decide_the_number_of_steps(models, data, tmp_path):
