@@ -59,7 +59,7 @@ class Row:
 
 
 def _hash(value) -> int:
-    return int.from_bytes(hashlib.blake2b(json.dumps(value).encode(), digest_size=8).digest(), "big", signed=True)
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "big", signed=True)
 
 
 class Unusable(ValueError):
@@ -622,20 +622,21 @@ def too_long(tokenizer, texts: list[str], room: int) -> list[bool]:
     vocabulary. Unicode's normal forms leave ASCII alone and make at most 11 bytes of one other.
     """
     longest, special = _spelling(tokenizer)
-    sizes = []
-    for text in texts:
-        rest, n = special.subn("", text)
-        sizes.append(n + 2 + (len(rest) if rest.isascii() else 11 * len(rest.encode())))  # a phantom space, and BOS
-    unsure = [i for i, (text, most) in enumerate(zip(texts, sizes)) if most > room and len(text) <= room * longest]
-    out = [most > room for most in sizes]
-    if unsure:
-        for i, ids in zip(unsure, encode_texts(tokenizer, [texts[i] for i in unsure])):
-            out[i] = len(ids) > room
+    sizes, out = [len(text) if text.isascii() else 11 * len(text.encode()) for text in texts], []
+    for i, text in enumerate(texts):
+        if sizes[i] + 2 > room:  # a phantom space, and BOS
+            sizes[i] -= sum(len(found) - 1 for found in special.findall(text))
+        out.append(sizes[i] + 2 > room)
+    unsure = [i for i, text in enumerate(texts) if out[i] and len(text) <= room * longest]
+    for i, ids in zip(unsure, encode_texts(tokenizer, [texts[i] for i in unsure])):
+        out[i] = len(ids) > room
     return out
 
 
 def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of prompts, each with exactly one beginning-of-text token where the tokenizer uses one."""
+    if not texts:
+        return []
     out, bos = tokenizer(texts, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
     if bos is None:
         return out
