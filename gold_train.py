@@ -845,9 +845,8 @@ def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
     dtype = compute_dtype(cfg, ranks.device)
     model = Student(student, torch.compile(backbone) if cfg.compile else backbone, dtype)
     if dist.is_initialized():
-        # gradients live in the buckets and stay there, see zero_grad; there are no buffers that training changes
         devices = [ranks.local_rank] if ranks.device.type == "cuda" else None
-        model = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)  # they stay there: see zero_grad
     return student, gold_loss.Head(**head), model
 
 
