@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "gold_loss": set(),
     "gold_data": set(),
     "gold_buffer": {"gold_data"},
-    "gold_eval": {"gold_data"},
+    "gold_eval": {"gold_data", "gold_buffer"},
     "gold_train": {"gold_loss", "gold_data", "gold_buffer", "gold_eval"},
 }
 
