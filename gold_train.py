@@ -57,8 +57,6 @@ import gold_data
 import gold_eval
 import gold_loss
 
-CrossLoss = Literal["none", "prefix", "bins", "bins+alm", "alm", "hybrid", "uld"]
-
 
 @dataclass(frozen=True)
 class Config:
@@ -69,6 +67,7 @@ class Config:
     teacher_revision: str | None = None  # Hub revision of the teacher
     teacher_device: str | None = None  # like cuda:7, shared by the ranks of a node; none: a copy beside each student
     teacher_url: str | None = None  # vLLM server that scores, like http://host:8000; none: the teacher is loaded here
+    teacher_key: str | None = None  # environment variable that holds the key of teacher_url; none: it has no key
     teacher_top_k: int = 32  # tokens per position that a served teacher tells
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of forward passes; auto: bf16 on GPU. Weights are always fp32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
@@ -105,7 +104,7 @@ class Config:
     beta: float = 0.5  # 0: KL(teacher||student), mean seeking; 1: KL(student||teacher), mode seeking
     jsd_scale: Literal["kl", "raw"] = "kl"  # kl: JSD / (beta (1 - beta)), continuous in beta; raw: JSD as in TRL
     loss_temperature: float = 1.0  # of both laws in the loss; 1 where token probabilities are multiplied
-    cross_tokenizer_loss: CrossLoss = "prefix"  # what to do if the tokenizers differ; none: refuse
+    cross_tokenizer_loss: str = "prefix"  # if the tokenizers differ: prefix, alm, hybrid, uld; none: refuse
     ce_weight: float = 0.0  # weight of the mean cross entropy on data set completions, never on samples; 0: off
     # ---- optimizer
     learning_rate: float = 2e-5  # peak, AdamW
@@ -215,8 +214,13 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
-def setup_ranks() -> Ranks:
-    """The process group of torchrun, if there is one, and this rank's device."""
+def longest_wait(cfg: Config) -> float:
+    """Seconds that one rank may take for what the others wait for: our own deadlines come first."""
+    return max(cfg.vllm_deadline, cfg.eval_timeout * (cfg.eval_policy == "wait"), 1800.0) + 600.0
+
+
+def setup_ranks(wait: float = 3600.0) -> Ranks:
+    """The process group of torchrun, if there is one, which waits so many seconds, and this rank's device."""
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -227,8 +231,7 @@ def setup_ranks() -> Ranks:
     if "WORLD_SIZE" in os.environ:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: ranks end with their launcher
-        # our own deadlines, of engines and evaluations, come first
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=wait))
     rank, local_world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Ranks(rank, local_rank, world_size, local_world_size, device)
 
@@ -264,7 +267,12 @@ def check(cfg: Config, ranks: Ranks) -> None:
     known = gold_eval.metrics(tasks, 1)
     best = {None, *known, *(name.rpartition("/")[0] for name in known if name.endswith(gold_eval.MAIN))}
     answers = c.teacher_model or c.lmbda == 0 and c.ce_weight > 0 and not c.seq_kd
-    wandb = c.wandb_mode == "disabled" or importlib.util.find_spec("wandb")
+    wandb, losses = c.wandb_mode == "disabled" or importlib.util.find_spec("wandb"), ("none", *CROSS_LOSSES)
+    key = os.environ.get(c.teacher_key or "", "").strip()
+    there = not c.teacher_key or c.teacher_url and key and key.isascii() and key.isprintable()
+    if c.teacher_url:
+        gold_buffer.served_url(c.teacher_url)
+    ours = gpus(c, "teacher_device") & {*range(ranks.local_world_size)} if ranks.local_world_size > 1 else set()
     rules = {
         f"the window does not divide: generation_batch_size {slots} x num_generations {c.num_generations} = {made} but "
         f"per_device_train_batch_size {batch} x gradient_accumulation_steps = {used}": made == used,
@@ -274,7 +282,12 @@ def check(cfg: Config, ranks: Ranks) -> None:
         "without --teacher-model there are only answers to learn: --lmbda 0 --ce-weight 1": answers,
         "a served teacher tells laws at temperature 1: --loss-temperature 1": not c.teacher_url
         or c.loss_temperature == 1,
+        f"cross_tokenizer_loss must be one of {', '.join(losses)}: got {c.cross_tokenizer_loss}": c.cross_tokenizer_loss
+        in losses,
         "--teacher-url and --teacher-device exclude each other": not c.teacher_url or not c.teacher_device,
+        "teacher_key is the name of an environment variable that holds a key, and needs --teacher-url": there,
+        f"teacher_device {c.teacher_device} is also a rank's: start fewer ranks, or name another GPU": not ours,
+        "lag beside tensor parallelism would run two NCCL communicators at once: --lag 0": c.lag == 0 or group == 1,
         "ce_weight is for data set completions, and lmbda 1 uses none: --ce-weight 0": c.lmbda < 1 or c.ce_weight == 0,
         "seq_kd writes off-policy completions, and lmbda 1 has none: lower --lmbda": c.lmbda < 1 or not c.seq_kd,
         "lag is for sampling ahead, and lmbda 0 samples nothing: --lag 0": c.lmbda > 0 or c.lag == 0,
@@ -337,52 +350,109 @@ class Student(torch.nn.Module):
         self.model, self.backbone = model, backbone  # the head's weight is a parameter of `model`
         self.dtype = dtype  # norms with fp32 weights return fp32 under autocast; the head's products are large
 
-    def forward(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    def forward(self, ids: Tensor, rows: Tensor) -> Tensor:
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1)[rows].to(self.dtype)
 
 
-@dataclass
-class Pairing:
-    """What the losses need to know of the two vocabularies, on the device; None where they do not ask."""
+class Served(NamedTuple):
+    """What a served teacher tells of its N' scored positions."""
+
+    own: Tensor  # (N',) log probability of the token that stands there
+    ids: Tensor  # (N', k) likeliest tokens
+    logprobs: Tensor  # (N', k) of these
+
+
+class Pairing(NamedTuple):
+    """How two models are compared."""
 
     loss: str  # jsd, or the name of a cross-tokenizer loss
-    order: list[Tensor] | None = None
-    edge: list[Tensor] | None = None
-    bins: tuple[Tensor, Tensor, int] | None = None
-    match: tuple[Tensor, Tensor] | None = None
+    compare: Callable  # (student's Side, teacher's Side or Served, batch) -> (Loss, sample of each of its values)
+
+
+def jsd_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+    """One vocabulary: laws of the next token, of a served teacher as far as it tells them."""
+
+    def compare(ours, theirs, batch):
+        sample = batch.student_sample[batch.scored]
+        if isinstance(theirs, Served):
+            return gold_loss.fused_topk_jsd(ours, theirs.ids, theirs.logprobs, cfg.beta, cfg.jsd_scale), sample
+        return gold_loss.fused_jsd(ours, theirs, cfg.beta, cfg.jsd_scale), sample
+
+    return compare
+
+
+def prefix_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+    """Laws of the text that follows. Raises ValueError for a vocabulary that does not keep spaces."""
+    both = (student, teacher)
+    for v in both:
+        if v.lossy:
+            raise ValueError(
+                f"{v.tokenizer.name_or_path} does not keep spaces (WordPiece): prefix needs exact bytes, use "
+                "--cross-tokenizer-loss alm"
+            )
+    tables = [{"order": put(v.order), "edge": put(v.edge)} for v in both]
+
+    def compare(ours, theirs, batch):
+        asked = (batch.student_queries, batch.teacher_queries)
+        queries = [gold_loss.Queries(**table, **q) for table, q in zip(tables, asked)]
+        m = batch.offset_sample.numel()
+        loss = gold_loss.prefix_loss(ours, theirs, *queries, batch.offset, m, cfg.beta, cfg.jsd_scale)
+        return loss, batch.offset_sample
+
+    return compare
+
+
+def alm_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+    """Probabilities of whole spans: all that is needed of the teacher is what its own tokens had."""
+
+    def compare(ours, theirs, batch):
+        if isinstance(theirs, Served):
+            gold_loss.check_served(theirs.own[:, None])
+            return gold_loss.alm_loss(ours, theirs.own, batch.teacher_span), batch.span_sample
+        with torch.no_grad():
+            own, _ = gold_loss.token_logprobs(theirs)
+        return gold_loss.alm_loss(ours, own, batch.teacher_span), batch.span_sample
+
+    return compare
+
+
+def uld_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+    """Sorted probabilities; hybrid: JSD on the tokens that both vocabularies have, sorted are those of the others."""
+    hybrid = cfg.cross_tokenizer_loss == "hybrid"
+    match = tuple(map(put, gold_data.shared_ids(student, teacher))) if hybrid else None
+
+    def compare(ours, theirs, batch):
+        return gold_loss.uld_loss(ours, theirs, match, None, cfg.beta, cfg.jsd_scale), batch.span_sample
+
+    return compare
+
+
+# FORK: a loss of your own is one more entry, see forks/bins_loss.py. Its function is called once, before models are
+# loaded: it checks the vocabularies, puts tables on the device, returns what compares a batch
+CROSS_LOSSES = {"prefix": prefix_pair, "alm": alm_pair, "hybrid": uld_pair, "uld": uld_pair}
+AT_TEMPERATURE_1 = {"prefix", "alm"}  # they multiply token probabilities
 
 
 def pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, device) -> Pairing:
     """Choose the loss for two vocabularies. Raises ValueError if the configuration allows none."""
+    name, put = cfg.cross_tokenizer_loss, lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
     if gold_data.same_vocabulary(student, teacher):
-        return Pairing("jsd")
-    loss, put = cfg.cross_tokenizer_loss, lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
-    if loss == "none":
+        return Pairing("jsd", jsd_pair(cfg, student, teacher, put))
+    if name == "none":
         raise ValueError(
             f"student and teacher have different tokenizers ({len(student.tokens)} and {len(teacher.tokens)} entries): "
             "choose a --cross-tokenizer-loss, like prefix"
         )
-    if cfg.teacher_url is not None and loss != "alm":
+    if cfg.teacher_url is not None and name != "alm":
         raise ValueError(
-            f"cross_tokenizer_loss {loss} needs the teacher's whole laws; a served teacher allows alm only"
+            f"cross_tokenizer_loss {name} needs the teacher's whole laws; a served teacher allows alm only"
         )
-    if loss in ("prefix", "alm", "bins", "bins+alm") and cfg.loss_temperature != 1:
+    if name in AT_TEMPERATURE_1 and cfg.loss_temperature != 1:
         raise ValueError(
-            f"{loss} multiplies token probabilities: loss_temperature must be 1, got {cfg.loss_temperature}"
+            f"{name} multiplies token probabilities: loss_temperature must be 1, got {cfg.loss_temperature}"
         )
-    if loss == "prefix" and (student.lossy or teacher.lossy):
-        name = (student if student.lossy else teacher).tokenizer.name_or_path
-        raise ValueError(
-            f"{name} does not keep spaces (WordPiece): prefix needs exact bytes, use --cross-tokenizer-loss alm"
-        )
-    if loss == "prefix":
-        both = (student, teacher)
-        return Pairing(loss, order=[put(v.order) for v in both], edge=[put(v.edge) for v in both])
-    if loss.startswith("bins"):
-        s, t, n = gold_data.shared_bins(student, teacher)
-        return Pairing(loss, bins=(put(s), put(t), n))
-    return Pairing(loss, match=tuple(map(put, gold_data.shared_ids(student, teacher))) if loss == "hybrid" else None)
+    return Pairing(name, CROSS_LOSSES[name](cfg, student, teacher, put))
 
 
 def get_lr(cfg: Config, step: int, max_steps: int) -> float:
@@ -415,44 +485,30 @@ def distill(
 ) -> tuple[gold_loss.Loss, Tensor]:
     """The distillation loss, a sum, and which sample of the batch each of its values belongs to.
 
-    FORK: a new loss is one more line here.
+    If anything of the teacher's or the loss itself is not finite, the total and the gradient of every row are NaN.
     """
-    start, pairing, teacher = time.perf_counter(), parts.pairing, parts.teacher
+    start, teacher, device = time.perf_counter(), parts.teacher, student.hidden.device
     if isinstance(teacher, gold_buffer.ServedTeacher):
         lengths = batch.teacher_mask.sum(1).tolist()
         sequences = [ids[:n].tolist() for ids, n in zip(batch.teacher_ids, lengths)]
         counts = torch.bincount(batch.teacher_rows // batch.teacher_ids.size(1), minlength=len(lengths)).tolist()
-        own, ids, top = teacher.score(sequences, [n - c for n, c in zip(lengths, counts)])
-        own, ids, top = (x.to(student.hidden.device) for x in (own, ids, top))
-        stats.add("timing/teacher", time.perf_counter() - start)
-        if pairing.loss == "alm":
-            return gold_loss.alm_loss(student, own, batch.teacher_span), batch.span_sample
-        return gold_loss.fused_topk_jsd(student, ids, top, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
-    hidden = teacher.hidden(batch.teacher_ids, batch.teacher_mask, batch.teacher_rows).to(student.hidden.device)
-    if hidden.is_cuda:
-        torch.cuda.synchronize()  # or its time would be counted where the next value is read
+        theirs = Served(*(x.to(device) for x in teacher.score(sequences, [n - c for n, c in zip(lengths, counts)])))
+        bad = torch.zeros((), device=device)  # what a server tells is refused if it is not finite
+    else:
+        hidden = teacher.hidden(batch.teacher_ids, batch.teacher_rows).to(device)
+        if hidden.is_cuda:
+            torch.cuda.synchronize()  # or its time would be counted where the next value is read
+        bad = (~hidden.isfinite()).sum()
+        stats.add("nonfinite/teacher", bad)
+        theirs = gold_loss.Side(
+            hidden, parts.teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature
+        )
     stats.add("timing/teacher", time.perf_counter() - start)
-    side = gold_loss.Side(hidden, parts.teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature)
-    if pairing.loss == "jsd":
-        return gold_loss.fused_jsd(student, side, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
-    if pairing.loss == "prefix":
-        asked = (batch.student_queries, batch.teacher_queries)
-        queries = [gold_loss.Queries(order=o, edge=e, **q) for o, e, q in zip(pairing.order, pairing.edge, asked)]
-        m = batch.offset_sample.numel()
-        loss = gold_loss.prefix_loss(student, side, *queries, batch.offset, m, cfg.beta, cfg.jsd_scale)
-        return loss, batch.offset_sample
-    if pairing.loss in ("uld", "hybrid"):
-        return gold_loss.uld_loss(student, side, pairing.match, None, cfg.beta, cfg.jsd_scale), batch.span_sample
-    if pairing.loss == "bins":
-        return gold_loss.bins_loss(student, side, *pairing.bins, cfg.beta, cfg.jsd_scale), batch.span_sample
-    with torch.no_grad():
-        logprobs, _ = gold_loss.token_logprobs(side)
-    alm = gold_loss.alm_loss(student, logprobs, batch.teacher_span)
-    if pairing.loss == "alm":
-        return alm, batch.span_sample
-    bins = gold_loss.bins_loss(student, side, *pairing.bins, cfg.beta, cfg.jsd_scale)
-    both = gold_loss.Loss(bins.total + alm.total, bins.values + alm.values, alm.stats)
-    return both, batch.span_sample
+    loss, sample = parts.pairing.compare(student, theirs, batch)
+    # no comparison with NaN is true, so a loss can lose sight of it; the gradient's norm is looked at on every rank
+    wrong = (bad > 0) | ~loss.values.isfinite().all() | ~loss.total.detach().isfinite()
+    poison = torch.where(wrong, math.nan, 0.0)
+    return loss._replace(total=loss.total + (student.hidden * poison).sum()), sample
 
 
 def scored_side(cfg: Config, hidden: Tensor, head: gold_loss.Head, batch: gold_data.Batch) -> gold_loss.Side:
@@ -468,7 +524,7 @@ def micro_batch_loss(cfg: Config, parts: Parts, batch: gold_data.Batch, counts, 
     and ranks makes both invisible; DDP's mean over ranks is multiplied away by the caller.
     """
     with parts.autocast:
-        hidden = parts.model(batch.student_ids, batch.student_mask, batch.student_rows)
+        hidden = parts.model(batch.student_ids, batch.student_rows)
     stats.add("nonfinite/student", (~hidden.detach().isfinite()).sum())
     total = hidden.sum() * 0.0  # every parameter takes part in the all-reduce, whatever is scored here
     if parts.teacher is not None:
@@ -511,7 +567,8 @@ class Stats:
     def add(self, name: str, value) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def mean(self, name: str, values: Tensor) -> None:
+    def mean(self, name: str, values) -> None:
+        values = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.float32)
         self.add(f"{name}|sum", values.sum())
         self.add(f"{name}|count", float(values.numel()))
 
@@ -521,16 +578,15 @@ class Stats:
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Over all ranks, which must have been told of the same names; a mean of nothing is left out."""
         names, most = sorted(self.sums), sorted(self.largest)
-        sums = [torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names]
-        sums, largest = torch.stack(sums), torch.tensor([self.largest[n] for n in most], device=device)
+        sums = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names])
+        largest = torch.tensor([self.largest[n] for n in most], device=device)
         if dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         out = dict(zip(names, sums.tolist())) | dict(zip(most, largest.tolist()))
         for name in [n[:-4] for n in names if n.endswith("|sum")]:
             total, count = out.pop(f"{name}|sum"), out.pop(f"{name}|count")
-            if count:
-                out[name] = total / count
+            out |= {name: total / count} if count else {}
         return out
 
 
@@ -788,7 +844,7 @@ def heldout_loss(cfg: Config, parts: Parts, samples: list[gold_data.Sample], ran
         for i in range(0, len(samples), size):
             batch = gold_data.collate(samples[i : i + size], with_teacher=parts.teacher is not None).to(ranks.device)
             with parts.autocast:
-                hidden = model(batch.student_ids, batch.student_mask, batch.student_rows)
+                hidden = model(batch.student_ids, batch.student_rows)
             if parts.teacher is None:
                 loss = gold_loss.fused_cross_entropy(gold_loss.Side(hidden, parts.head, batch.student_targets))
             else:
@@ -798,21 +854,30 @@ def heldout_loss(cfg: Config, parts: Parts, samples: list[gold_data.Sample], ran
     return sums["loss"] / max(1.0, sums["tokens"])
 
 
+def in_turn(ranks: Ranks, load: Callable):
+    """load() on one rank of each node after the other: a model is in the host's memory once on its way to a GPU."""
+    model = None
+    for local_rank in range(ranks.local_world_size):
+        if local_rank == ranks.local_rank:
+            model = load()
+        if ranks.device.type == "cuda":
+            wait_for_all()
+    return model
+
+
 def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
     """(causal LM with fp32 weights, its head, what DDP wraps it into)"""
     source = (str(checkpoint), None) if checkpoint else (cfg.student_model, cfg.student_revision)
-    student = gold_buffer.load_model(*source, torch.float32, ranks.device)
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # the teacher is matched as it is, and a resumed run needs no generator state
-    student.train()
+    student = in_turn(ranks, functools.partial(gold_buffer.load_model, *source, torch.float32, ranks.device)).train()
     backbone, head = gold_buffer.split_head(student)
     if cfg.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = compute_dtype(cfg, ranks.device)
     model = Student(student, torch.compile(backbone) if cfg.compile else backbone, dtype)
     if dist.is_initialized():
-        model = DistributedDataParallel(model, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None)
+        # gradients live in the buckets and stay there, see zero_grad; there are no buffers that training changes
+        devices = [ranks.local_rank] if ranks.device.type == "cuda" else None
+        model = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     return student, gold_loss.Head(**head), model
 
 
@@ -821,15 +886,16 @@ def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, sa
     if cfg.teacher_model is None:
         return None, None
     if cfg.teacher_url is not None:
-        teacher = gold_buffer.ServedTeacher(cfg.teacher_url, cfg.teacher_model, vocabulary, cfg.teacher_top_k)
-        say(f"teacher: {cfg.teacher_url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
+        key = os.environ[cfg.teacher_key].strip() if cfg.teacher_key else None
+        teacher = gold_buffer.ServedTeacher(cfg.teacher_url, cfg.teacher_model, vocabulary, cfg.teacher_top_k, key)
+        say(f"teacher: {teacher.url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
         return teacher, None
     where, dtype = cfg.teacher_device or str(ranks.device), compute_dtype(cfg, ranks.device)
     load = functools.partial(gold_buffer.load_model, cfg.teacher_model, cfg.teacher_revision, dtype, where)
     if cfg.teacher_device is not None and ranks.local_world_size > 1:
         teacher = gold_buffer.SharedTeacher(load, ranks.local_rank, ranks.local_world_size)
     else:
-        teacher = gold_buffer.LocalTeacher(load())
+        teacher = gold_buffer.LocalTeacher(in_turn(ranks, load))
     parts = {k: v.to(ranks.device) if isinstance(v, Tensor) else v for k, v in teacher.head.items()}
     return teacher, gold_loss.Head(**parts)
 
@@ -845,17 +911,24 @@ def open_sampler(cfg: Config, student, device: torch.device, say):
         if cfg.lag > 0:  # windows are sampled while the original is trained
             student = copy.deepcopy(student).to(cfg.sampler_device or device, dtype).eval().requires_grad_(False)
         return gold_buffer.HFSampler(student, own=cfg.lag > 0, dtype=dtype)
-    return gold_buffer.VLLMSampler(
-        cfg.student_model, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size,
-        cfg.student_revision, deadline=cfg.vllm_deadline, sleep=cfg.lag == 0,
-    )  # fmt: skip
+    with gold_buffer.engine_stream():
+        sampler = gold_buffer.VLLMSampler(
+            cfg.student_model, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size,
+            cfg.student_revision, deadline=cfg.vllm_deadline, sleep=cfg.lag == 0,
+        )  # fmt: skip
+    sampler.sleep()  # the first windows may have nothing for it to do
+    return sampler
 
 
 def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
     matrices = [p for p in student.parameters() if p.dim() >= 2]
     vectors = [p for p in student.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+    for p in matrices + vectors:  # what the first step would make: an engine must find the memory that is left
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+    return optimizer
 
 
 SAME_RUN = (
@@ -916,6 +989,9 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     if cfg.teacher_model:
         teacher_vocabulary = gold_data.load_vocabulary(cfg.teacher_model, cfg.teacher_revision)
         pairing = pair(cfg, vocabulary, teacher_vocabulary, device)
+    gold_buffer.check_positions(cfg.student_model, cfg.student_revision, cfg.max_length)
+    if pairing and pairing.loss == "jsd" and not cfg.teacher_url:  # other tokenizers need more or fewer tokens
+        gold_buffer.check_positions(cfg.teacher_model, cfg.teacher_revision, cfg.max_length)
     rows, rows_per_epoch, held = load_data(cfg, vocabulary, say)
     if master:
         say_example(rows, vocabulary, teacher_vocabulary, pairing, say)
@@ -928,9 +1004,9 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         f"lmbda {cfg.lmbda}; {max_steps} steps of {slots * cfg.num_generations * ranks.world_size} completions"
     )
     student, head, model = open_student(cfg, ranks, checkpoint)
+    optimizer, dtype = open_optimizer(cfg, student), compute_dtype(cfg, device)
     teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
-    bf16 = compute_dtype(cfg, device) == torch.bfloat16
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
     parts = Parts(model, head, autocast, pairing, teacher, teacher_head)
     sampler, sampling = (
         open_sampler(cfg, student, device, say),
@@ -946,11 +1022,11 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
         answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
     buffer = gold_buffer.WindowBuffer(
-        schedule, rows, encoder, sampler, sampling, student.state_dict, max_steps, cfg.lag, answers
+        schedule, rows, encoder, sampler, sampling, student.state_dict, max_steps, cfg.lag, answers, dtype
     )
     derived = {"loss": loss, "window": slots * ranks.world_size, "rows_hash": rows_per_epoch, "steps": max_steps}
     identity = asdict(cfg) | derived
-    run = Run(parts, student, tokenizer, open_optimizer(cfg, student), buffer, held, identity, max_steps)
+    run = Run(parts, student, tokenizer, optimizer, buffer, held, identity, max_steps)
     if checkpoint:
         restore(run, identity, checkpoint, ranks, say)
     if master:
@@ -977,7 +1053,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
 
         while not finished:
             started, stats, lr = time.perf_counter(), Stats(), get_lr(cfg, run.step, run.max_steps)
-            stats.mean("timing/other", torch.tensor([started - trained]))  # records, evaluation, checkpoint before
+            stats.mean("timing/other", [started - trained])  # records, evaluation, checkpoint before
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
 
@@ -1003,14 +1079,14 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             if used := may_step(cfg, run, grad_norm, stats):
                 run.optimizer.step()
             stats.add("actor/skipped", float(not used))
-            run.optimizer.zero_grad(set_to_none=True)
+            run.optimizer.zero_grad(set_to_none=not dist.is_initialized())  # DDP's stay in its buckets
             run.step += 1
 
             # 6) log; what one rank knows of the time or a signal is told to all with the same sums
             trained = time.perf_counter()
-            stats.mean("timing/wait", torch.tensor([generated - started]))
-            stats.mean("timing/train", torch.tensor([trained - generated]))
-            stats.mean("timing/step", torch.tensor([trained - started]))
+            stats.mean("timing/wait", [generated - started])
+            stats.mean("timing/train", [trained - generated])
+            stats.mean("timing/step", [trained - started])
             stats.max("stop", 2.0 if seen else float(records is not None and records.enough()))
             stats.max("save", float(0 < cfg.save_minutes <= (trained - saved) / 60))
             row = log_row(cfg, run, lr, grad_norm, window, stats, counts, ranks)
@@ -1115,55 +1191,51 @@ def count_tokens(samples: list[gold_data.Sample], scored: bool, device: torch.de
 
 def log_row(cfg, run, lr, grad_norm, window, stats, counts, ranks) -> dict[str, float]:
     """Everything metrics.jsonl says about one step (README, Metrics)."""
-    samples, aligned = window.samples, [s.alignment for s in window.samples if s.alignment is not None]
-    step = run.step
-    lengths = torch.tensor([float(len(s.completion_ids)) for s in samples])
+    samples, step = window.samples, run.step
+    aligned = [s.alignment for s in samples if s.alignment is not None]
+    lengths = [len(s.completion_ids) for s in samples]
     stats.mean("response_seq_len/mean", lengths)
-    stats.max("response_seq_len/max", lengths.max().item())
-    stats.max("response_seq_len/min", -lengths.min().item())
-    stats.mean("response_seq_len/truncated", torch.tensor([float(not s.finished) for s in samples]))
-    stats.mean("gold/on_policy_ratio", torch.tensor([float(s.on_policy) for s in samples]))
-    stats.mean("gold/staleness", torch.tensor([float(step - 1 - s.version) for s in samples if s.on_policy]))
-    stats.add("tokens", float(lengths.sum()))
-    stats.add("positions", float(lengths.sum() + sum(len(s.prompt_ids) for s in samples)))
+    stats.max("response_seq_len/max", max(lengths))
+    stats.max("response_seq_len/min", -min(lengths))
+    stats.mean("response_seq_len/truncated", [not s.finished for s in samples])
+    stats.mean("gold/on_policy_ratio", [s.on_policy for s in samples])
+    stats.mean("gold/staleness", [step - 1 - s.version for s in samples if s.on_policy])
+    stats.add("tokens", sum(lengths))
+    stats.add("positions", sum(lengths) + sum(len(s.prompt_ids) for s in samples))
     for a in aligned:
-        stats.add("bytes", float(a.num_bytes))
-        stats.add("scored_bytes", float(a.scored_bytes))
+        stats.add("bytes", a.num_bytes)
+        stats.add("scored_bytes", a.scored_bytes)
         student, teacher = (np.bincount(x[x >= 0], minlength=a.num_spans) for x in (a.student_span, a.teacher_span))
-        stats.mean("align/one_to_one", torch.from_numpy((student == 1) & (teacher == 1)))
+        stats.mean("align/one_to_one", (student == 1) & (teacher == 1))
         stats.max("align/largest_span", int(np.maximum(student, teacher).max(initial=0)))
     if aligned:
-        stats.mean("align/unscored", torch.tensor([float(s.num_tokens == 0) for s in samples]))
+        stats.mean("align/unscored", [s.num_tokens == 0 for s in samples])
     for name, seconds in window.seconds.items():
-        stats.mean(f"timing/{name}", torch.tensor([seconds]))
-    if ranks.device.type == "cuda":
+        stats.mean(f"timing/{name}", [seconds])
+    cuda = ranks.device.type == "cuda"
+    if cuda:
         stats.max("perf/peak_memory_gb", torch.cuda.max_memory_allocated() / 2**30)
-    row = stats.reduce(ranks.device)
+    row = {name: x for name, x in stats.reduce(ranks.device).items() if not name.startswith("nonfinite/")}
 
     row["step"], row["response_seq_len/min"] = step, -row["response_seq_len/min"]
     row["actor/jsd_loss"], row["actor/ce_loss"] = row.pop("jsd", 0.0) / counts[0], row.pop("ce", 0.0) / counts[1]
     row["actor/loss"] = row["actor/jsd_loss"] + cfg.ce_weight * row["actor/ce_loss"]
     for kind in ("on", "off"):
         total, tokens = row.pop(f"jsd_{kind}", 0.0), row.pop(f"tokens_{kind}", 0.0)
-        if tokens:
-            row[f"actor/{kind}_policy_loss"] = total / tokens
+        row |= {f"actor/{kind}_policy_loss": total / tokens} if tokens else {}
     row |= {"actor/grad_norm": grad_norm.item(), "actor/lr": lr}
     row |= {"gold/beta": cfg.beta, "gold/lmbda": cfg.lmbda, "gold/temperature": cfg.temperature}
     if aligned:
         row["align/coverage"] = row.pop("scored_bytes") / max(1.0, row.pop("bytes"))
-    row["perf/tokens_per_s"] = row["tokens"] / row["timing/step"]
-    positions = row.pop("positions") / ranks.world_size
     if "timing/teacher" in row:  # a sum over micro-batches and ranks
         row["timing/teacher"] /= ranks.world_size
-    for name in [name for name in row if name.startswith("nonfinite/")]:
-        del row[name]
-    run.num_tokens += int(row.pop("tokens"))
-    row["num_tokens"] = run.num_tokens
-    peak = [x for name, x in PEAK_FLOPS.items() if ranks.device.type == "cuda" and name in torch.cuda.get_device_name()]
-    if peak:
+    row["perf/tokens_per_s"] = row["tokens"] / row["timing/step"]
+    positions, name = row.pop("positions") / ranks.world_size, torch.cuda.get_device_name() if cuda else ""
+    if peak := next((x for card, x in PEAK_FLOPS.items() if card in name), None):
         parameters = sum(p.numel() for p in run.student.parameters())
-        row["perf/mfu/actor"] = 6 * parameters * positions / row["timing/train"] / peak[0]
-    return row
+        row["perf/mfu/actor"] = 6 * parameters * positions / row["timing/train"] / peak
+    run.num_tokens += int(row.pop("tokens"))
+    return row | {"num_tokens": run.num_tokens}
 
 
 def save_samples(path: Path, step: int, window: gold_buffer.Window, tokenizer) -> None:
@@ -1319,16 +1391,11 @@ def discard(folder: Path) -> None:
 
 def run_report(out: Path, others: dict[str, Path]) -> str:
     """Markdown: teacher, student before and after, and how other runs ended; also report.md and plots in `out`."""
-
-    def evaluations(folder: Path) -> list[tuple[int | None, dict]]:
-        return [(r["step"], r["results"]) for r in gold_eval.read_jsonl(folder / "eval.jsonl") if r["status"] == "ok"]
-
-    found = dict(evaluations(out))
+    ok = lambda folder: [r for r in gold_eval.read_jsonl(folder / "eval.jsonl") if r["status"] == "ok"]
+    found, *rest = ({r["step"]: r["results"] for r in ok(folder)} for folder in (out, *others.values()))
     last = max((step for step in found if step), default=0)
     ends = {"teacher": found.get(None), "student before": found.get(0), f"student after {last} steps": found.get(last)}
-    for name, folder in others.items():
-        ends[name] = dict(evaluations(folder)).get(last)
-    models = {name: results for name, results in ends.items() if results is not None}
+    models = {k: v for k, v in (ends | {n: r.get(last) for n, r in zip(others, rest)}).items() if v is not None}
     gold_eval.plot_runs([out, *others.values()], out / "curves.png")
     text = f"Curves: {out / 'curves.png'}\n"
     if models:
@@ -1338,7 +1405,7 @@ def run_report(out: Path, others: dict[str, Path]) -> str:
     gap = score.pop("teacher", math.nan) - (before := score.pop("student before", math.nan))
     if gap > 0:
         closed = ", ".join(f"{(x - before) / gap:.0%} ({name})" for name, x in score.items())
-        text = f"{text}Share of the gap from student before to teacher that was closed: {closed}\n"
+        text += f"Share of the gap from student before to teacher that was closed: {closed}\n"
     (out / "report.md").write_text(text)
     return text
 
@@ -1384,47 +1451,33 @@ def make_model(folder: Path, texts: list[str], bytes_level: bool, hidden: int, l
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    user, end = ("<|user|>", "<|end|>") if bytes_level else ("[INST]", "</s>")
-    tokenizer = Tokenizer(models.BPE(byte_fallback=not bytes_level))
+    tokenizer, single = Tokenizer(models.BPE(byte_fallback=not bytes_level)), [f"<0x{b:02X}>" for b in range(256)]
     if bytes_level:
+        (end, user, assistant), size = ("<|end|>", "<|user|>", "<|assistant|>"), 420
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet, size = pre_tokenizers.ByteLevel.alphabet(), 420
-        special = [end, user, "<|assistant|>"]
+        tokenizer.decoder, alphabet, single = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet(), []
     else:
+        (end, user, assistant), size, alphabet = ("</s>", "[INST]", "[/INST]"), 460, []
         space, comma = pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.Split(",", "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([space, comma])
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
-        alphabet, size = [], 460
-        special = [end, user, "[/INST]", *(f"<0x{b:02X}>" for b in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    spec = json.loads(tokenizer.to_str())
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]
-    tokenizer = Tokenizer.from_str(json.dumps(spec))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
-    turn = "{% if m['role'] == 'user' %}USER{{ m['content'] }}ASSISTANT{% else %}{{ m['content'] }}END{% endif %}"
-    turn = turn.replace("USER", user).replace("ASSISTANT", special[2]).replace("END", end)
-    fast.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence(parts)
+    how = {"special_tokens": [end, user, assistant, *single], "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **how))
+    spec = json.loads(tokenizer.to_str())  # single bytes are ordinary tokens
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in single]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token=end, pad_token=end,
+        chat_template="{% for m in messages %}{% if m['role'] == 'user' %}" + user + "{{ m['content'] }}" + assistant
+        + "{% else %}{{ m['content'] }}" + end + "{% endif %}{% endfor %}",
+    )  # fmt: skip
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-    )
+        vocab_size=len(fast), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=256,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -1491,7 +1544,7 @@ def main() -> None:
     disable_progress_bar()  # of weights being loaded and saved: ours is the only bar
     with one_clear_line():
         cfg = configuration()
-    ranks = setup_ranks()
+    ranks = setup_ranks(longest_wait(cfg))
     try:
         failed = (embedded if cfg.student_model is None else train)(cfg, ranks)
     except (OSError, FloatingPointError) as e:
