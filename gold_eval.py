@@ -158,6 +158,7 @@ def classify(text: str, nums: Iterable[int], target: int, rule: Literal["exact",
 
 
 def grade_countdown(text: str, row: Row) -> Grade:
+    """By the rule "exact", and also by "at_most"."""
     nums, target = [int(n) for n in row.meta["nums"]], int(row.meta["target"])
     return Grade(classify(text, nums, target), {"at_most": classify(text, nums, target, "at_most") == "ok"})
 
@@ -210,6 +211,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def reference(row: Row) -> Fraction:
+    """The number that the row's answer is."""
     gold = final_number(str(row.answer))
     if gold is None:
         raise ValueError(f"{row.answer!r} is no number")
@@ -231,6 +233,7 @@ def grade_gsm8k(text: str, row: Row) -> Grade:
 
 
 def grade_integer(text: str, row: Row) -> Grade:
+    """AIME: right if the final number is the row's integer."""
     gold = reference(row)
     if gold.denominator != 1:
         raise ValueError(f"{row.answer!r} is no integer")
@@ -299,7 +302,7 @@ TASKS = {
 def parse_tasks(tasks: Iterable[str]) -> list[Task]:
     """Tasks by name; "name=path" takes the rows of another file, directory or data set with the same columns.
 
-    Raises: ValueError that names the known tasks, or what is not installed.
+    Raises ValueError that names the known tasks, or what is not installed.
     """
     found: dict[str, Task] = {}
     for text in tasks:
@@ -322,7 +325,8 @@ def few_shot_rows(task: Task) -> list[Row]:
     rows = gold_data.iter_rows(task.dataset, task.subset, "train") if task.few_shot else ()
     found = list(itertools.islice((row for row in rows if row.completion), task.few_shot))
     if len(found) < task.few_shot:
-        raise ValueError(f"task {task.name}: {task.dataset} has {len(found)} solved examples, not {task.few_shot}")
+        why = f"not {task.few_shot}: give it more rows, or --few-shot {len(found)}"
+        raise ValueError(f"task {task.name}: {task.dataset} has {len(found)} solved examples, {why}")
     return found
 
 
@@ -344,7 +348,8 @@ def load_task_rows(task: str | Task, max_samples: int | None = None, seed: int =
             raise ValueError(f"task {task.name}: row {number} of {task.dataset} has no {' and no '.join(lacks)}")
     rows = gold_data.without(rows, few_shot_rows(task))[0]
     if not rows:
-        raise ValueError(f"task {task.name}: no question of {task.dataset} is left besides {task.few_shot} examples")
+        why = f"besides the {task.few_shot} examples: give it more rows, or --few-shot 0"
+        raise ValueError(f"task {task.name}: no question of {task.dataset} is left {why}")
     if max_samples is not None and max_samples < len(rows):
         rows = [rows[i] for i in sorted(random.Random(f"{task.name} {seed}").sample(range(len(rows)), max_samples))]
     for row in rows if task.grade else ():
@@ -367,6 +372,7 @@ def _text_rows(task: Task) -> list[Row]:
 
 
 def task_messages(task: Task, row: Row, examples: list[Row]) -> list[gold_data.Message]:
+    """The chat that asks a row: solved examples, the row's own turns, the task's instruction."""
     shots = [m for e in examples for m in (*e.prompt, {"role": "assistant", "content": e.completion})]
     *before, last = row.prompt
     return [*shots, *before, {"role": last["role"], "content": last["content"] + task.instruction}]
@@ -411,7 +417,7 @@ def open_model(name: str, revision: str | None, device: str, options: Options):
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     dtype, limit = options.torch_dtype(device), options.max_length
     if options.engine == "vllm":
-        limit = min(limit, gold_buffer.positions(AutoConfig.from_pretrained(name, revision=revision)))
+        limit = int(min(limit, gold_buffer.positions(AutoConfig.from_pretrained(name, revision=revision))))
         memory = 2**28 if device == "cpu" else options.vllm_memory  # there its share would be one of the machine's
         how = {"revision": revision, "deadline": math.inf, "load_format": "auto"}
         return gold_buffer.VLLMSampler(name, limit, str(dtype)[6:], memory, **how), tokenizer
@@ -572,8 +578,7 @@ def metrics(tasks: Iterable[Task], num_samples: int = 1) -> list[str]:
 def headline(results: dict[str, dict], metric: str | None = None) -> tuple[str, float]:
     """(name, value) of the number to choose checkpoints by. Larger is better: what should be small comes back negated.
 
-    `metric` is "countdown/accuracy" or just "countdown"; None is the first task.
-    Raises ValueError that lists what there is.
+    `metric` is "countdown/accuracy" or just "countdown"; None is the first task. Raises ValueError that lists them all.
     """
     numbers, metric = flatten(results), metric or next(iter(results))
     for name in (metric + main for main in ("", *MAIN)):
@@ -584,12 +589,12 @@ def headline(results: dict[str, dict], metric: str | None = None) -> tuple[str, 
 
 def one_line(results: dict[str, dict]) -> str:
     """The results for a console."""
-    parts = []
+    text = ""
     for task, r in results.items():
         name = "accuracy" if "accuracy" in r else "bits_per_byte"
         more = f", truncated {r['truncated']:.0%}" if r.get("truncated") else ""
-        parts.append(f"{task} {name} {r[name]:.4f} ± {r['se']:.4f} (n {r['n']}{more}, {r['seconds']:.0f} s)")
-    return "; ".join(parts)
+        text += f"; {task} {name} {r[name]:.4f} ± {r['se']:.4f} (n {r['n']}{more}, {r['seconds']:.0f} s)"
+    return text[2:]
 
 
 def flatten(nested: dict, prefix: str = "") -> dict[str, float]:
@@ -602,9 +607,6 @@ def flatten(nested: dict, prefix: str = "") -> dict[str, float]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the evaluator: a thread that supervises, a child process that works
-
-
-CUT_SHORT = {"status": "dropped", "error": "the evaluator was closed before its turn"}
 
 
 class Evaluator:
@@ -709,10 +711,7 @@ class Evaluator:
                 self.changed.notify_all()
             start = time.monotonic()
             try:
-                if self.disabled or self.cut_short:
-                    answer = {"status": "refused", "error": self.disabled} if self.disabled else CUT_SHORT
-                else:
-                    answer = self._ask(job)
+                answer = self._ask(job)
             except Exception:  # noqa: BLE001 - whatever went wrong here is this job's record, not the end of training
                 answer = {"status": "error", "error": traceback.format_exc()}
             in_a_row = 0 if answer["status"] == "ok" else in_a_row + 1
@@ -724,6 +723,9 @@ class Evaluator:
 
     def _ask(self, job: dict) -> dict:
         """The child's answer, or what became of it."""
+        if self.disabled or self.cut_short:
+            why = self.disabled or "the evaluator was closed before its turn"
+            return {"status": "refused" if self.disabled else "dropped", "error": why}
         if self.child is None or self.child.poll() is not None or self.model != job["model"]:
             stop(self.child)
             with open(self.out / "eval.log", "a") as log:
@@ -856,10 +858,7 @@ def report(models: dict[str, dict[str, dict]]) -> str:
 
 
 def plot_classes(models: dict[str, dict[str, dict]], path: str | Path) -> None:
-    """Bar chart (PNG) of what became of the answers: a panel per task, a group per class, a bar per model.
-
-    Tasks without classes are left out; if none is left, nothing is drawn.
-    """
+    """Bar chart (PNG) of what became of the answers, if any: a panel per task, a group per class, a bar per model."""
     from matplotlib.figure import Figure
 
     graded = {task: found for task, found in by_task(models).items() if "classes" in next(iter(found.values()))}
@@ -912,9 +911,8 @@ def read_run(folder: str | Path) -> dict[str, dict[int, float]]:
 
 
 def plot_runs(folders: Iterable[str | Path], path: str | Path, metric: str | None = None) -> None:
-    """Curves (PNG) of training runs: loss and `metric`, over steps and over trained tokens.
+    """Curves (PNG) of training runs: loss and `metric` ("task/name"; None: the first), over steps and trained tokens.
 
-    `metric` is "task/name"; None is the main one of the first task that was evaluated.
     Raises ValueError for a metric that no run has.
     """
     from matplotlib.figure import Figure
@@ -963,8 +961,8 @@ def main(config: Config) -> int:
         if not Path(model).exists() and (model.count("/") > 1 or model[0] in "./~"):
             raise FileNotFoundError(f"there is no model directory {model}")
     out, options = Path(config.out), asdict(config.scoring)
+    out.mkdir(parents=True, exist_ok=True)
     if config.runs:
-        out.mkdir(parents=True, exist_ok=True)
         plot_runs(config.runs, out / "runs.png", config.metric)
         print(f"curves of {len(config.runs)} runs in {out / 'runs.png'}")
     if not config.model:
@@ -972,8 +970,7 @@ def main(config: Config) -> int:
     device = ("cuda:0" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     evaluator = Evaluator(config.tasks, out, device, timeout=config.timeout, echo=True, **options)
     short = [Path(model).name for model in config.model]
-    names = short if len(set(short)) == len(short) else config.model
-    for name, model in zip(names, config.model):
+    for name, model in zip(short if len(set(short)) == len(short) else config.model, config.model):
         evaluator.submit(None, model, model=name)
     evaluator.close()
     models = {record["model"]: record["results"] for record in evaluator.poll() if record["status"] == "ok"}
@@ -982,7 +979,7 @@ def main(config: Config) -> int:
     (out / "results.json").write_text(json.dumps({"options": options, "models": models}, indent=2) + "\n")
     if config.plot:
         plot_classes(models, out / "classes.png")
-    return 0 if len(models) == len(names) else 1
+    return int(len(models) < len(config.model))
 
 
 if __name__ == "__main__":
