@@ -10,34 +10,38 @@ This file knows nothing about losses, the optimizer, evaluation, or wandb.
 """
 
 import contextlib
-import copy
 import functools
 import gc
 import http.client
 import importlib.util
-import io
+import inspect
 import json
 import math
 import multiprocessing.connection
 import os
+import pickle
 import queue
 import random
+import socket
+import ssl
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 import gold_data
 from gold_data import Row, Sample, Vocabulary
@@ -72,58 +76,93 @@ class Request:
     seed: int
 
 
+def ids_of(eos: int | list[int] | None) -> list[int]:
+    """End ids as a list, however a generation config writes them."""
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+def by_length(lengths: list[int], rows: Callable[[int], int], progress: bool = False) -> Iterator[list[int]]:
+    """Indices in batches of similar length, the longest first: less padding; `rows(longest)` at a time, at least 1."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    with tqdm(total=len(order), disable=None if progress else True, leave=False) as bar:  # None: where somebody watches
+        while order:
+            size = max(1, rows(lengths[order[0]]))
+            yield order[:size]
+            bar.update(len(order[:size]))
+            order = order[size:]
+
+
 class HFSampler:
-    """Batched decoding with a transformers model and its KV cache.
+    """Batched decoding with a transformers model and its KV cache; also scores what is written.
 
     A request's random numbers depend on its seed alone, not on the batch it is decoded in.
 
     Args:
-        model: a causal LM; with `own_copy` it is copied (windows are sampled while the original is trained).
-        device: of the copy; a device of its own lets sampling and training overlap.
-        dtype: of the copy, and of computations on a GPU.
+        model: a causal LM. `own`: nobody else's, so load_weights writes into it; otherwise it *is* the trained one.
+        dtype: of computations on a GPU.
         max_batch_tokens: rows are decoded together as long as rows x longest stays below.
+        limit: tokens of prompt + completion, where the model does not read fewer; a row that has so many ends there.
+        progress: show a bar, where somebody watches.
     """
 
     collective = False  # a rank without requests need not take part
 
     def __init__(
-        self, model, sampling: Sampling, own_copy: bool = False, device=None, dtype=torch.float32,
-        max_batch_tokens: int = 2**17,
+        self, model, own: bool = False, dtype=torch.float32, max_batch_tokens: int = 2**17, limit: float = math.inf,
+        progress: bool = False,
     ):  # fmt: skip
-        self.sampling, self.max_batch_tokens, self.version = sampling, max_batch_tokens, 0
-        self.own_copy = own_copy or device is not None
-        self.device = torch.device(device or next(model.parameters()).device)
-        if self.own_copy:
-            model = copy.deepcopy(model).to(self.device, dtype).eval().requires_grad_(False)
+        self.own, self.max_batch_tokens, self.version, self.progress = own, max_batch_tokens, 0, progress
+        self.limit = self.window = min(positions(model.config), limit)  # window: tokens that score reads at a time
+        self.end_ids = ids_of(model.generation_config.eos_token_id)
+        self.device = next(model.parameters()).device
         self.model = model
         on = self.device.type == "cuda" and dtype == torch.bfloat16
         self.autocast = torch.autocast("cuda", torch.bfloat16) if on else contextlib.nullcontext()
+        with self.autocast:
+            check_cache(self.model)
 
     def load_weights(self, weights: dict[str, Tensor], version: int) -> None:
-        """Sample from these weights from now on. Without an own copy the model *is* the trained one."""
-        if self.own_copy:
+        """Sample from these weights from now on."""
+        if self.own:
             self.model.load_state_dict(weights)
         self.version = version
 
-    def generate(self, requests: list[Request]) -> list[Rollout]:
-        rollouts: dict[int, Rollout] = {}
-        was_training = self.model.training
+    @contextlib.contextmanager
+    def _reading(self):
+        """Around every use of the model, which is left in the mode it was in."""
+        training = self.model.training
         self.model.eval()
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))  # less padding
-        while order:
-            longest = len(requests[order[0]].prompt_ids) + self.sampling.max_new_tokens
-            size = max(1, self.max_batch_tokens // longest)
-            batch, order = order[:size], order[size:]
-            for i, (ids, logprobs) in zip(batch, self._decode([requests[i] for i in batch])):
-                rollouts[i] = Rollout(ids, logprobs, ids[-1] in self.sampling.end_ids, self.version)
-        self.model.train(was_training)
+        try:
+            with torch.no_grad(), self.autocast:  # one context for all steps: it keeps the weights it has cast
+                yield
+        finally:
+            self.model.train(training)
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+        rollouts: dict[int, Rollout] = {}
+        rows = lambda longest: int(self.max_batch_tokens // min(self.limit, longest + sampling.max_new_tokens))
+        with self._reading():
+            for batch in by_length([len(r.prompt_ids) for r in requests], rows, self.progress):
+                for i, (ids, logprobs) in zip(batch, self._decode([requests[i] for i in batch], sampling)):
+                    rollouts[i] = Rollout(ids, logprobs, ids[-1] in sampling.end_ids, self.version)
         return [rollouts[i] for i in range(len(requests))]
 
-    @torch.no_grad()
-    def _decode(self, requests: list[Request]) -> list[tuple[list[int], list[float]]]:
+    def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
+        """Natural log probability of every token but the first, float64 (len - 1,), whatever the batches are."""
+        out, vocabulary = {}, self.model.config.get_text_config().vocab_size
+        rows = lambda longest: min(self.max_batch_tokens, 2**28 // vocabulary) // longest  # a gigabyte of logits
+        with self._reading():
+            for batch in by_length(list(map(len, sequences)), rows, self.progress):
+                ids = pad_sequence([torch.tensor(sequences[i]) for i in batch], True).to(self.device)  # on the right
+                z = self.model(input_ids=ids[:, :-1], use_cache=False).logits.float()  # (B, T, V)
+                nll = torch.nn.functional.cross_entropy(z.transpose(1, 2), ids[:, 1:], reduction="none")
+                out |= {i: -x[: len(sequences[i]) - 1] for i, x in zip(batch, nll.double().cpu().numpy())}
+        return [out[i] for i in range(len(sequences))]
+
+    def _decode(self, requests: list[Request], s: Sampling) -> list[tuple[list[int], list[float]]]:
         from transformers import DynamicCache
 
-        s, put = self.sampling, functools.partial(torch.tensor, device=self.device)
+        put = functools.partial(torch.tensor, device=self.device)
         width = max(len(r.prompt_ids) for r in requests)
         pad = [width - len(r.prompt_ids) for r in requests]  # on the left
         ids = put([[0] * p + r.prompt_ids for p, r in zip(pad, requests)])
@@ -131,25 +170,22 @@ class HFSampler:
         position = (mask.cumsum(1) - 1).clamp_min(0)
         uniform = [np.random.Generator(np.random.Philox(r.seed)).random(s.max_new_tokens) for r in requests]
         uniform = put(np.stack(uniform))
+        room = put([min(s.max_new_tokens, self.limit - len(r.prompt_ids)) for r in requests])
         ends, alive = put(s.end_ids, dtype=torch.long), torch.arange(len(requests), device=self.device)
         cache, steps = DynamicCache(config=self.model.config), []
-        with self.autocast:  # one context for all steps: it keeps the weights it has cast
-            for t in range(s.max_new_tokens):
-                z = self.model(
-                    input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1].float()  # fmt: skip
-                token = _draw(z, uniform[alive, t], s)
-                steps.append((alive, token, z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)))
-                going = ~torch.isin(token, ends)
-                if not going.all():  # rows that have ended leave the batch
-                    keep = going.nonzero()[:, 0]
-                    if not len(keep):
-                        break
-                    cache.batch_select_indices(keep)
-                    alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
-                ids, position = token[:, None], position[:, -1:] + 1
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        for t in range(s.max_new_tokens):
+            z = next_logits(self.model, cache, ids, mask, position)
+            token = _draw(z, uniform[alive, t], s)
+            steps.append((alive, token, z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)))
+            going = ~torch.isin(token, ends) & (t + 1 < room[alive])
+            if not going.all():  # rows that have ended leave the batch
+                keep = going.nonzero()[:, 0]
+                if not len(keep):
+                    break
+                cache.reorder_cache(keep)
+                alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
+            ids, position = token[:, None], position[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         out = [([], []) for _ in requests]
         for step in steps:
             for row, token, logprob in zip(*(x.tolist() for x in step)):
@@ -194,14 +230,15 @@ def keep_rng():
 
 
 class VLLMSampler:
-    """One colocated vLLM engine per rank, or per `tensor_parallel` neighbouring ranks, in the training process.
+    """One vLLM engine in this process; in training one per rank, or per `tensor_parallel` neighbouring ranks.
 
-    The engine starts with random weights: the first load_weights is the first time it can say anything sensible, so a
-    forgotten synchronisation cannot go unnoticed. Under torchrun the process group must exist first: the constructor
-    is collective. Any exception of the engine is final: it may hold half of the weights or requests nobody waits for.
+    With load_format "dummy" it starts with random weights: the first load_weights is the first time it can say anything
+    sensible, so a forgotten synchronisation cannot go unnoticed. "auto" reads the weights of `model`. Under torchrun
+    the process group must exist first: the constructor is collective. Any exception of the engine is final: it may hold
+    half of the weights or requests nobody waits for.
 
     Args:
-        model: directory or Hub id; only its configuration is read.
+        model: directory or Hub id.
         max_model_len: prompt + completion tokens.
         memory: KV cache size in bytes if > 1, share of the device's memory if <= 1.
         deadline: seconds after which one call raises TimeoutError with the unfinished requests.
@@ -209,16 +246,17 @@ class VLLMSampler:
     """
 
     def __init__(
-        self, model: str, sampling: Sampling, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
+        self, model: str, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
         revision: str | None = None, max_num_seqs: int = 256, deadline: float = 1800.0, sleep: bool = False,
-        enforce_eager: bool = False,
+        enforce_eager: bool = False, load_format: Literal["dummy", "auto"] = "dummy",
     ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are the same for good and bad weights
         from vllm import LLM
 
-        self.sampling, self.max_model_len, self.deadline, self.version = sampling, max_model_len, deadline, -1
+        self.limit, self.deadline, self.version = max_model_len, deadline, -1 if load_format == "dummy" else 0
+        self.window = max_model_len - 2  # of score: the last token is read too, and one more has to be written
         self.until, self.late, self.dead = math.inf, [], False
         self.collective = tensor_parallel > 1  # every rank of an engine must make every call
         self.group = None
@@ -240,8 +278,10 @@ class VLLMSampler:
                 tensor_parallel_size=tensor_parallel, enable_sleep_mode=self.use_sleep,
                 enforce_eager=enforce_eager or not torch.cuda.is_available(),  # compiling for a CPU takes too long
                 max_num_batched_tokens=max(4096, max_model_len),  # larger ones mislead the memory profiler
-                load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", **extra,
+                load_format=load_format, skip_tokenizer_init=True, generation_config="vllm", **extra,
             )  # fmt: skip
+        self.llm.update_weight_version(str(self.version))
+        self.end_ids = ids_of(self.llm.model_config.try_get_generation_config().get("eos_token_id"))
         torch.set_num_threads = set_num_threads  # the CPU engine replaces it, and writes to the environment
         for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD"):
             os.environ.pop(name, None)
@@ -265,42 +305,57 @@ class VLLMSampler:
             self.llm.update_weight_version(str(version))
             self.version = version
 
-    def generate(self, requests: list[Request]) -> list[Rollout]:
-        if self.version < 0:
-            raise RuntimeError("load_weights before generate: the engine holds random weights")
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         if not self.collective:
-            return self._run(requests) if requests else []
+            return self._sample(requests, sampling)
         parts: list = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(parts, requests, group=self.group)  # every rank of an engine gives it all requests
-        everything, before = sum(parts, []), sum(map(len, parts[: dist.get_rank(self.group)]))
-        return self._run(everything)[before : before + len(requests)] if everything else []
+        before = sum(map(len, parts[: dist.get_rank(self.group)]))
+        return self._sample(sum(parts, []), sampling)[before : before + len(requests)]
 
-    def _run(self, requests: list[Request]) -> list[Rollout]:
+    def _sample(self, requests: list[Request], s: Sampling) -> list[Rollout]:
         from vllm import SamplingParams
 
-        s, done = self.sampling, {}
         params = [
             SamplingParams(
                 temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p, seed=r.seed,
-                max_tokens=min(s.max_new_tokens, self.max_model_len - len(r.prompt_ids)),
+                max_tokens=min(s.max_new_tokens, self.limit - len(r.prompt_ids)),
                 stop_token_ids=list(s.end_ids), ignore_eos=True,  # these end ids, whatever the model's own files say
                 logprobs=0, detokenize=False,  # of the sampled token
             ) for r in requests
         ]  # fmt: skip
-        with self._engine():
-            names = self.llm.enqueue([{"prompt_token_ids": r.prompt_ids} for r in requests], params, use_tqdm=False)
-            names = [name.rpartition("-")[0] for name in names]  # outputs are named without the random part
-            self.late = list(range(len(names)))
-            while len(done) < len(names):
-                done |= {out.request_id: out.outputs[0] for out in self.llm.llm_engine.step() if out.finished}
-                self.late = [i for i, name in enumerate(names) if name not in done]
-                self.check()
+        found = [out.outputs[0] for out in self._run([r.prompt_ids for r in requests], params)]
         return [
             Rollout(
                 list(c.token_ids), [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)],
                 c.finish_reason == "stop", int(c.weight_versions[0].version),
-            ) for c in map(done.get, names)
+            ) for c in found
         ]  # fmt: skip
+
+    def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
+        """As HFSampler.score."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        found = [out.prompt_logprobs for out in self._run(sequences, [params] * len(sequences))]
+        return [np.array([at[i].logprob for i, at in zip(s[1:], f[1:])]) for s, f in zip(sequences, found)]
+
+    def _run(self, prompts: list[list[int]], params: list) -> list:
+        """vLLM's outputs, in order."""
+        if self.version < 0:
+            raise RuntimeError("load_weights before generate: the engine holds random weights")
+        if not prompts:
+            return []
+        done = {}
+        with self._engine():
+            names = self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+            names = [name.rpartition("-")[0] for name in names]  # outputs are named without the random part
+            self.late = list(range(len(names)))
+            while len(done) < len(names):
+                done |= {out.request_id: out for out in self.llm.llm_engine.step() if out.finished}
+                self.late = [i for i, name in enumerate(names) if name not in done]
+                self.check()
+        return [done[name] for name in names]
 
     @contextlib.contextmanager
     def _engine(self):
@@ -468,6 +523,11 @@ class Encoder:
             return ids[: self.max_completion_length], False
         return ids, whole
 
+    def known(self, ids: list[int]) -> list[int]:
+        """Up to the first id that is only padding of the student's head: the teacher may have no row for it."""
+        size = min(v.size for v in (self.student, self.teacher) if v is not None)
+        return ids if self.cross_tokenizer else ids[: next((i for i, t in enumerate(ids) if t >= size), len(ids))]
+
     def align(self, sample: Sample) -> Sample:
         if self.cross_tokenizer:
             both, ids = (self.student, self.teacher), sample.completion_ids
@@ -475,24 +535,47 @@ class Encoder:
         return sample
 
 
+def _copies(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Copies of a state dict; what is tied is copied once."""
+    kind = lambda v: dtype if dtype is not None and v.is_floating_point() else v.dtype
+    once = {(v.data_ptr(), v.shape): v for v in weights.values()}
+    once = {k: v.detach().to(kind(v), copy=True) for k, v in once.items()}
+    return {k: once[v.data_ptr(), v.shape] for k, v in weights.items()}
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def engine_stream():
+    """Around making an engine and the thread that uses it, a context with a CUDA stream that is nobody else's.
+
+    vLLM remembers the stream that it was made on. On the main thread's, decoding would queue behind training.
+    """
+    return torch.cuda.stream(_stream()) if torch.cuda.is_available() else contextlib.nullcontext()
+
+
 class WindowBuffer:
     """Makes windows, `lag` of them ahead of training, in a thread of its own: the only one that uses the engine.
 
     Args:
         rows: position -> (epoch, index, row), as of RowStream.
-        sampler: answers on-policy prompts; None if lmbda is 0.
+        sampler: answers on-policy prompts as `sampling` says; None if lmbda is 0.
         weights_of: () -> the student's state dict, as the sampler wants it.
         last_step: no window is made from this step on.
         teacher_answers: for seq_kd, (epoch, index, teacher's prompt ids) of off-policy rows -> completions.
+        dtype: of the weights' copy with lag > 0; None: their own.
     """
 
     def __init__(
-        self, schedule: Schedule, rows, encoder: Encoder, sampler, weights_of, last_step: int, lag: int = 0,
-        teacher_answers=None,
+        self, schedule: Schedule, rows, encoder: Encoder, sampler, sampling: Sampling, weights_of, last_step: int,
+        lag: int = 0, teacher_answers=None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        self.schedule, self.rows, self.encoder, self.sampler = schedule, rows, encoder, sampler
+        self.schedule, self.rows, self.encoder = schedule, rows, encoder
+        self.sampler, self.sampling = sampler, sampling
         self.weights_of, self.last_step, self.lag, self.teacher_answers = weights_of, last_step, lag, teacher_answers
-        self.pending: dict[int, Future] = {}
+        self.dtype, self.pending = dtype, {}  # windows on the way, by step
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
         device = torch.cuda.current_device() if torch.cuda.is_available() else None  # each thread has its own
         threading.Thread(target=self._work, args=(device,), daemon=True, name="sampler").start()
@@ -500,11 +583,15 @@ class WindowBuffer:
     def _work(self, device: int | None) -> None:
         if device is not None:
             torch.cuda.set_device(device)
-        for future, args in iter(self.queue.get, None):
-            try:
-                future.set_result(self.make(*args))
-            except BaseException as e:  # noqa: BLE001  raised by get
-                future.set_exception(e)
+        with engine_stream():
+            for future, ready, args in iter(self.queue.get, None):
+                try:
+                    if ready is not None:
+                        ready.synchronize()  # the optimizer step that these weights come from, on another stream
+                    future.set_result(self.make(*args))
+                except BaseException as e:  # noqa: BLE001  raised by get
+                    future.set_exception(e)
+                future = args = None  # the copy of the weights must not live until the next item comes
 
     def get(self, step: int) -> Window:
         """The window of this step. Called before the step trains, with the weights of `step` finished optimizer steps.
@@ -513,14 +600,17 @@ class WindowBuffer:
         """
         new = [s for s in range(step, min(step + self.lag + 1, self.last_step)) if s not in self.pending]
         drawn = {s: self.schedule.draw(s) for s in new}
-        weights = None
+        weights = ready = None
         if drawn and self.sampler is not None:
             weights = self.weights_of()
             if self.lag:  # training goes on while they are used
-                weights = {k: v.detach().clone() for k, v in weights.items()}
+                weights = _copies(weights, self.dtype)
+        if torch.cuda.is_available():
+            ready = torch.cuda.Event()
+            ready.record()
         for ahead, slots in drawn.items():
             self.pending[ahead] = Future()
-            self.queue.put((self.pending[ahead], (ahead, slots, weights, step)))
+            self.queue.put((self.pending[ahead], ready, (ahead, slots, weights, step)))
         self._wait([self.pending[step]])
         for future in [f for f in self.pending.values() if f.done()]:
             future.result()
@@ -549,9 +639,11 @@ class WindowBuffer:
         if requests or (self.sampler and self.sampler.collective):
             self.sampler.load_weights(weights, version)
             seconds["sync"] = time.perf_counter() - start
-            for (sample, _), rollout in zip(requests, self.sampler.generate([r for _, r in requests])):
-                sample.completion_ids, sample.finished = rollout.completion_ids, rollout.finished
-                sample.logprobs, sample.version = rollout.logprobs, rollout.version
+            rollouts = self.sampler.generate([r for _, r in requests], self.sampling)
+            for (sample, _), rollout in zip(requests, rollouts):
+                ids = self.encoder.known(rollout.completion_ids)
+                sample.completion_ids, sample.finished = ids, rollout.finished and len(ids) == len(rollout.logprobs)
+                sample.logprobs, sample.version = rollout.logprobs[: len(ids)], rollout.version
             self.sampler.sleep()
         texts = [(text, True) for *_, text in answers]
         if self.teacher_answers is not None:
@@ -587,21 +679,61 @@ class WindowBuffer:
 # models in two parts: a backbone that makes hidden states, and the head
 
 
+def positions(config) -> float:
+    """How many tokens a model can read, by its configuration; inf for recurrent models and those that count none."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}  # stretched: factor x what it was trained with
+    stretched = rope.get("factor", 1) * rope.get("original_max_position_embeddings", 0)
+    return max(getattr(config, "max_position_embeddings", None) or math.inf, stretched)
+
+
+def check_positions(name: str, revision: str | None, length: int) -> None:
+    """Raises ValueError if the model, of which no weights are read, cannot read `length` tokens."""
+    from transformers import AutoConfig
+
+    if length > (most := positions(AutoConfig.from_pretrained(name, revision=revision))):
+        raise ValueError(f"max_length {length} is more than the {most:.0f} positions of {name}: lower --max-length")
+
+
 def load_model(name: str, revision: str | None, dtype: torch.dtype, device: str):
-    """A causal LM from a directory or the Hub. Raises ValueError that names what was not found."""
+    """A causal LM from a directory or the Hub, without dropout. Raises ValueError that names what was not found."""
     from transformers import AutoModelForCausalLM
 
     try:
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
     except OSError as e:
         raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
+    without_dropout(model)
+    try:
+        model.generation_config.validate(strict=True)  # as save_pretrained will, at the first checkpoint
+    except ValueError:
+        model.generation_config.do_sample = True  # a shipped temperature or top_p without it: what its author meant
+        model.generation_config.validate(strict=True)
     return model.to(device)
+
+
+def without_dropout(model) -> None:
+    """A student is trained as it will be used, and a resumed run needs no generator state.
+
+    Many layers hold a probability as a plain number, and some read it from the configuration in each forward pass.
+    """
+    for module in model.modules():
+        for holder in (module, getattr(module, "config", module)):
+            for name, value in vars(holder).items():
+                if ("drop" in name or "jitter" in name) and isinstance(value, float):
+                    setattr(holder, name, 0.0)
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
 
 
 def split_head(model) -> tuple[torch.nn.Module, dict]:
     """(backbone, keyword arguments of gold_loss.Head) of a causal LM, checked against the model's own logits.
 
-    Raises ValueError that names the architecture if its logits are not softcap(scale * (hidden W + b)) of one matrix.
+    Rows are padded on the right and have no mask: what is read stands left of the padding, which a causal model does
+    not see there. Masks of sliding windows and the like are made by transformers, of the configuration.
+
+    Raises ValueError that names the architecture if its logits are not softcap(scale * (hidden W + b)) of one matrix,
+    or if a token changes what stands to its left.
     """
     backbone, head, config = model.base_model, model.get_output_embeddings(), model.config.get_text_config()
     if head is None or backbone is model:
@@ -609,16 +741,55 @@ def split_head(model) -> tuple[torch.nn.Module, dict]:
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     parts = {"weight": head.weight, "bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
-    probe = torch.arange(8, device=head.weight.device)[None] % head.weight.size(0)
+    probe, training = torch.arange(8, device=head.weight.device)[None] % head.weight.size(0), model.training
+    model.eval()
     with torch.no_grad():
         hidden = backbone(input_ids=probe, use_cache=False).last_hidden_state
+        other = backbone(input_ids=torch.where(probe < 5, probe, 0), use_cache=False).last_hidden_state
         z = hidden @ parts["weight"].T + (0 if parts["bias"] is None else parts["bias"])
         z = z.float() * scale
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
         own = model(input_ids=probe, use_cache=False).logits.float()
+    model.train(training)
     if z.shape != own.shape or (z - own).abs().max() > 0.02 * own.abs().max() + 1e-3:
         raise ValueError(f"{type(model).__name__}: its logits are not those of its output matrix; this head is unknown")
+    if _apart(hidden[:, :5], other[:, :5]) > (0.1 if hidden.dtype == torch.bfloat16 else 1e-3):
+        raise ValueError(f"{type(model).__name__} sees the tokens that it should predict: it is not a causal model")
     return backbone, parts
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """How far, as a share of how much b varies: experts of a mixture, chosen in bf16, make single entries jump."""
+    return ((a - b).float().std() / b.float().std()).item()
+
+
+def next_logits(model, cache, ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+    """(B, V) after ids (B, T), which `cache` will know then; the mask (B, all) is 0 for padding on the left."""
+    known = {"past_key_values": cache, "attention_mask": mask, "use_cache": True, "logits_to_keep": 1}
+    if "cache_params" in inspect.signature(model.forward).parameters:  # recurrent: swallows what it does not know
+        known |= {"cache_params": known.pop("past_key_values"), "attention_mask": mask[:, -ids.size(1) :]}
+    return model(input_ids=ids, position_ids=position, **known).logits[:, -1].float()
+
+
+@torch.no_grad()
+def check_cache(model) -> None:
+    """Raises ValueError if a padded row that stays while another leaves is not continued as without a cache."""
+    from transformers import DynamicCache
+
+    training, ids = model.training, torch.arange(16, device=model.device).view(2, 8) % 13 + 1
+    mask, cache = torch.ones_like(ids), DynamicCache(config=model.eval().config)
+    mask[1, :4] = 0
+    position = (mask.cumsum(1) - 1).clamp_min(0)
+    try:
+        both = next_logits(model, cache, ids[:, :7], mask[:, :7], position[:, :7])
+        cache.reorder_cache(torch.tensor([1], device=ids.device))
+        z = torch.cat([both[1:], next_logits(model, cache, ids[1:, 7:], mask[1:], position[1:, 7:])])
+        own = model(input_ids=ids[1:, 4:], use_cache=False).logits[0, -2:]
+    except (AttributeError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{type(model).__name__}: the hf sampler cannot use its cache ({e}): --sampler vllm") from e
+    model.train(training)
+    if _apart(z, own) > (0.1 if own.dtype == torch.bfloat16 else 0.005):
+        raise ValueError(f"{type(model).__name__}: the hf sampler's batches would be wrong: --sampler vllm")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -631,31 +802,21 @@ class LocalTeacher:
     def __init__(self, model):
         self.model = model.eval().requires_grad_(False)
         self.backbone, self.head = split_head(self.model)
-        self.device = self.head["weight"].device
+        self.device, self.most = self.head["weight"].device, positions(model.config)
 
     @torch.no_grad()
-    def hidden(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        """(N, D) hidden states at flat positions `rows` of right-padded ids (B, S)."""
-        ids, mask, rows = (x.to(self.device) for x in (ids, mask, rows))
-        hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)[rows]
+    def hidden(self, ids: Tensor, rows: Tensor) -> Tensor:
+        """(N, D) hidden states at flat positions `rows` of ids (B, S), padded on the right."""
+        if (n := ids.size(1)) > self.most:
+            raise ValueError(f"{n} teacher tokens are more than its {self.most} positions: lower --max-length")
+        hidden = self.backbone(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)[rows.to(self.device)]
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        return HFSampler(self.model, sampling).generate(requests)
+        return HFSampler(self.model).generate(requests, sampling)
 
     def close(self) -> None:
         pass
-
-
-def _pack(value) -> bytes:
-    """Tensors as bytes: multiprocessing's own way, shared memory, needs the sender to live on."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def _unpack(data: bytes):
-    return torch.load(io.BytesIO(data), map_location="cpu")
 
 
 def _exit_with(parent: int) -> None:
@@ -665,30 +826,31 @@ def _exit_with(parent: int) -> None:
 
 
 def _serve_teacher(load, address: str, key: bytes, clients: int, parent: int) -> None:
-    """The process that owns the node's teacher: answers until all `clients` ranks have left, or `parent` is gone."""
+    """The process that owns the node's teacher: answers until all `clients` ranks have left, or `parent` is gone.
+
+    An answer is (True, the result) or (False, what went wrong): the rank that asked raises it. Tensors go as bytes:
+    multiprocessing's own way, shared memory, needs the sender to live on.
+    """
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     teacher = LocalTeacher(load())
+    asked = {
+        "head": lambda: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in teacher.head.items()},
+        "hidden": lambda ids, rows: teacher.hidden(ids, rows).cpu(),
+        "generate": teacher.generate,
+    }
     with Listener(address, family="AF_UNIX", authkey=key, backlog=64) as listener:
         ranks = [listener.accept() for _ in range(clients)]
     while ranks:
         for connection in multiprocessing.connection.wait(ranks):
             try:
-                name, args = connection.recv()
-                connection.send(_answer(teacher, name, args))
+                name, args = pickle.loads(connection.recv_bytes())
+                try:
+                    answer = True, asked[name](*args)
+                except Exception as e:  # noqa: BLE001
+                    answer = False, f"{type(e).__name__}: {e}"
+                connection.send_bytes(pickle.dumps(answer))
             except (EOFError, OSError):  # this rank has left
                 ranks.remove(connection)
-
-
-def _answer(teacher: LocalTeacher, name: str, args: tuple) -> tuple:
-    """(True, the result) or (False, what went wrong): the rank that asked raises it."""
-    try:
-        if name == "head":
-            return True, _pack(teacher.head)
-        if name == "hidden":
-            return True, _pack(teacher.hidden(*_unpack(*args)))
-        return True, teacher.generate(*args)
-    except Exception as e:  # noqa: BLE001
-        return False, f"{type(e).__name__}: {e}"
 
 
 class SharedTeacher:
@@ -705,7 +867,7 @@ class SharedTeacher:
         self.timeout, self.lock = timeout, threading.Lock()  # seq_kd asks from the sampler's thread
         self.process, here = None, None
         if local_rank == 0:
-            self.folder = tempfile.TemporaryDirectory(prefix="gold-teacher-")
+            self.folder = tempfile.TemporaryDirectory(prefix="gold-teacher-", dir="/tmp")  # its path may have 107 bytes
             here = (f"{self.folder.name}/socket", os.urandom(16))
             args, spawn = (load, *here, local_world_size, os.getpid()), multiprocessing.get_context("spawn")
             self.process = spawn.Process(target=_serve_teacher, args=args, daemon=True)
@@ -724,23 +886,23 @@ class SharedTeacher:
                 self.connection = Client(here[0], family="AF_UNIX", authkey=here[1])
             except (FileNotFoundError, ConnectionRefusedError):
                 time.sleep(0.1)
-        self.head = _unpack(self._ask("head"))
+        self.head = self._ask("head")
 
     def _ask(self, name: str, *args):
         with self.lock:
             try:
-                self.connection.send((name, args))
+                self.connection.send_bytes(pickle.dumps((name, args)))
                 if not self.connection.poll(self.timeout):
                     raise TimeoutError(f"the teacher's process did not answer in {self.timeout:.0f} s")
-                ok, result = self.connection.recv()
+                ok, result = pickle.loads(self.connection.recv_bytes())
             except (EOFError, ConnectionError) as e:
                 raise RuntimeError("the teacher's process has died: its own output says why") from e
         if not ok:
             raise RuntimeError(f"the teacher's process failed: {result}")
         return result
 
-    def hidden(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        return _unpack(self._ask("hidden", _pack((ids, mask, rows))))
+    def hidden(self, ids: Tensor, rows: Tensor) -> Tensor:
+        return self._ask("hidden", ids.cpu(), rows.cpu())
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         return self._ask("generate", requests, sampling)
@@ -753,28 +915,43 @@ class SharedTeacher:
             self.folder.cleanup()
 
 
+def served_url(url: str) -> str:
+    """scheme://host:port/path of a server, without the /v1 at its end. Raises ValueError if it is none, or tells."""
+    if set(url) & set("@?#"):
+        raise ValueError("teacher_url with credentials or a query would be printed and saved: see --teacher-key")
+    parts = urllib.parse.urlsplit(url.strip() if "://" in url else f"http://{url.strip()}")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+        raise ValueError(f"teacher_url must be like http://host:8000: got {url}")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1').rstrip('/')}"
+
+
 class ServedTeacher:
     """A teacher behind vLLM's OpenAI-compatible server, scored by token ids: top-k log probabilities of prompt tokens.
 
         python -m vllm.entrypoints.openai.api_server --model TEACHER --max-logprobs 64
 
-    Servers answer at temperature 1 whatever is asked, so that is the only loss temperature there is.
+    Servers answer at temperature 1 whatever is asked, so that is the only loss temperature there is. Redirects are not
+    followed, proxies are not used.
 
     Args:
-        url: http://host:port
+        url: http://host:port, with or without /v1
         model: what the server is expected to serve, as a name or directory.
         k: how many tokens per position; at most the server's --max-logprobs.
-        timeout: seconds of one try; there are retries + 1, with pauses of 0.5, 1, 2, .. up to 20 seconds.
+        key: that the server asks for.
+        timeout: seconds of one try, to its last byte; there are retries + 1, with pauses of 0.5, 1, 2, .. up to 20.
     Raises: ConnectionError if the server cannot be reached, ValueError if it serves or answers something else.
     """
 
-    def __init__(self, url: str, model: str, vocabulary: Vocabulary, k: int, timeout: float = 120.0, retries: int = 4):
-        self.url, self.k, self.timeout, self.retries, self.size = url.rstrip("/"), k, timeout, retries, vocabulary.size
+    def __init__(
+        self, url: str, model: str, vocabulary: Vocabulary, k: int, key: str | None = None, timeout: float = 120.0,
+        retries: int = 4,
+    ):  # fmt: skip
+        self.url, self.k, self.timeout, self.retries, self.size = served_url(url), k, timeout, retries, vocabulary.size
+        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.pool = ThreadPoolExecutor(16, thread_name_prefix="teacher")
         served = self._ask("/v1/models", "data")[0]
-        self.model, self.max_length = served["id"], served.get("max_model_len") or math.inf
-        names = {Path(served["id"]).name, Path(served.get("root") or "").name}
-        if Path(model).name not in names:
+        self.model, self.max_length = served.get("id"), served.get("max_model_len") or math.inf
+        if Path(model).name not in {Path(str(served.get(name))).name for name in ("id", "root")}:
             raise ValueError(f"{url} serves {self.model}, but --teacher-model is {model}: they must be the same model")
         text = "The quick brown fox: 12 + 34 = 46, caf\u00e9."
         ours = vocabulary.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -784,26 +961,50 @@ class ServedTeacher:
         first, second = (self._score_one(ours, 1) for _ in range(2))
         self.nondeterminism = float(np.abs(first[0] - second[0]).max())
 
-    def _ask(self, path: str, wanted: str, body: dict | None = None):
-        """The entry `wanted` of the answer."""
-        data = None if body is None else json.dumps(body).encode()
+    def _send(self, path: str, body: dict | None) -> tuple[int, bytes]:
+        """(status, answer) of one try. A server that drips its answer is hung up on at the deadline."""
+        parts, until = urllib.parse.urlsplit(self.url), time.monotonic() + self.timeout
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        with contextlib.closing(kind(parts.netloc, timeout=self.timeout)) as connection:
+            connection.connect()
+            hang_up = threading.Timer(self.timeout, connection.sock.shutdown, [socket.SHUT_RDWR])
+            hang_up.start()
+            try:
+                data = body and json.dumps(body)
+                connection.request("POST" if data else "GET", parts.path + path, data, self.headers)
+                reply = connection.getresponse()
+                return reply.status, reply.read()
+            finally:
+                hang_up.cancel()
+                if time.monotonic() > until:
+                    raise TimeoutError("timed out")
+
+    def _ask(self, path: str, wanted: str, body: dict | None = None) -> list:
+        """The entry `wanted` of the answer, a list with something in it."""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(min(0.5 * 2.0 ** (attempt - 1), 20))
-            request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    answer = json.loads(reply.read())
-            except urllib.error.HTTPError as e:
-                error = f"{e.code} {e.read()[:500].decode(errors='replace')}"
-                if e.code < 500 and e.code not in (408, 429):  # asking again would not help
-                    raise ValueError(f"{self.url}{path} refused: {error}") from e
-            except (OSError, http.client.HTTPException, json.JSONDecodeError) as e:
+                status, data = self._send(path, body)
+                answer = json.loads(data) if status == 200 else None
+            except ssl.SSLCertVerificationError as e:
+                raise ValueError(f"{self.url}: {e.verify_message}: SSL_CERT_FILE may name its authority's file") from e
+            except (OSError, http.client.HTTPException, ValueError) as e:
                 error = f"{type(e).__name__}: {e}"
-            else:
-                if wanted not in answer:
-                    raise ValueError(f"{self.url}{path} answered without {wanted!r}: {str(answer)[:200]}; is it vLLM?")
-                return answer[wanted]
+                continue
+            error = f"{status} {data[:500].decode(errors='replace')}"
+            if status == 200:
+                found = answer.get(wanted) if isinstance(answer, dict) else None
+                if (
+                    not isinstance(found, list)
+                    or not found
+                    or not isinstance(found[0], int if wanted == "tokens" else dict)
+                ):
+                    raise ValueError(f"{self.url}{path} answered without {wanted!r}: {error}; is it vLLM?")
+                return found
+            if status < 500 and status not in (408, 429):  # asking again would not help
+                key = ": it asks for a key, see --teacher-key" if status in (401, 403) else ""
+                raise ValueError(f"{self.url}{path} refused: {error}{key}")
         raise ConnectionError(
             f"the teacher at {self.url} did not answer {path} in {self.retries + 1} tries of {self.timeout:.0f} s: "
             f"{error}. Is it running (README, A served teacher)? The last checkpoint goes on with --resume."
@@ -826,19 +1027,23 @@ class ServedTeacher:
         entries = self._complete(ids, max_tokens=1, prompt_logprobs=self.k).get("prompt_logprobs") or []
         if len(entries) != len(ids):
             raise ValueError(f"{self.url} returned {len(entries)} prompt log probabilities for {len(ids)} tokens")
-        own, top_ids, top = [], [], []
-        for position in range(first, len(ids)):
-            entry = {int(i): e for i, e in entries[position].items()}
-            best = sorted((e["rank"], i, e["logprob"]) for i, e in entry.items() if e["rank"] <= self.k)
-            if ids[position] not in entry or len(best) != self.k or max(entry) >= self.size:
+        own, best = np.zeros(len(ids) - first), np.zeros((len(ids) - first, self.k, 2))
+        for row, position in enumerate(range(first, len(ids))):
+            try:
+                entry = {int(i): (e["rank"], int(i), float(e["logprob"])) for i, e in entries[position].items()}
+                best[row] = [x[1:] for x in sorted(entry.values()) if x[0] <= self.k]
+                own[row], values = entry[ids[position]][2], np.array([x for *_, x in entry.values()])
+                ok = 0 <= min(entry) and max(entry) < self.size and np.isfinite(values).all()
+                ok = ok and values.max() < 1e-3 and np.exp(values).sum() < 1.001
+            except (AttributeError, KeyError, TypeError, ValueError):
+                ok = False
+            if not ok:
                 raise ValueError(
                     f"{self.url}: the answer at position {position} is not the top {self.k} and token {ids[position]} "
-                    f"of a vocabulary of {self.size}: {list(entry)[:8]}; does the server allow --max-logprobs {self.k}?"
+                    f"of a vocabulary of {self.size} with their log probabilities: {str(entries[position])[:300]}; "
+                    f"does the server allow --max-logprobs {self.k}?"
                 )
-            own.append(entry[ids[position]]["logprob"])
-            top_ids.append([i for _, i, _ in best])
-            top.append([x for *_, x in best])
-        return np.array(own), np.array(top_ids), np.array(top)
+        return np.minimum(own, 0), best[..., 0].astype(np.int64), np.minimum(best[..., 1], 0)
 
     def score(self, sequences: list[list[int]], firsts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Own (N,), top ids (N, k), their log probabilities (N, k) of tokens firsts[i].. of each sequence, in a row."""
@@ -851,6 +1056,8 @@ class ServedTeacher:
         settings |= {"max_tokens": s.max_new_tokens, "stop_token_ids": list(s.end_ids), "ignore_eos": True}
         asked = [self.pool.submit(self._complete, r.prompt_ids, seed=r.seed, **settings) for r in requests]
         choices = [future.result() for future in asked]
+        if bad := [c for c in choices if not c.get("token_ids")]:
+            raise ValueError(f"{self.url} wrote nothing for {len(bad)} of {len(choices)} prompts: {str(bad[0])[:200]}")
         return [Rollout(list(c["token_ids"]), [], c["finish_reason"] == "stop", 0) for c in choices]
 
     def close(self) -> None:

@@ -5,17 +5,15 @@
     python gold_eval.py --model DIR --tasks gsm8k=rows.jsonl           the same task on rows of your own
     python gold_eval.py --runs out/a out/b                             curves of training runs, over steps and tokens
 
-A task of your own is a grader and an entry in TASKS (`row` is a gold_data.Row; put this below TASKS):
+A task of your own is a grader and an entry in TASKS, put below it (`row` is a gold_data.Row):
 
     def grade_shouting(text, row):
         return Grade("ok" if text.isupper() else "quiet")
 
     TASKS["shouting"] = Task("prompts.jsonl", grade_shouting, classes=("ok", "quiet"), needs=())
 
-Every accuracy comes with the number of questions and a standard error. From top to bottom: graders, tasks, engines (HF,
-vLLM), scores, the evaluator (a thread that supervises, a child process that works), tables and plots, command line.
-
-This file knows nothing about the teacher, losses, lmbda, DDP or wandb.
+From top to bottom: graders, tasks, scores, the evaluator (a thread that supervises, a child process that works), tables
+and plots, command line. This file knows nothing about the teacher, losses, lmbda, DDP or wandb.
 """
 
 import contextlib
@@ -24,8 +22,6 @@ import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
-import multiprocessing.connection
 import operator
 import os
 import queue
@@ -47,10 +43,8 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
+import gold_buffer
 import gold_data
 from gold_data import Row
 
@@ -94,11 +88,11 @@ def last_answer(text: str) -> str | None:
     return None
 
 
-def plain_arithmetic(text: str) -> str:
-    """Unicode and LaTeX spellings of + - * / ( ) as ASCII. Not read: x as times, 2(3), words, thousands commas."""
-    for pattern, replacement in LATEX:
+def rewrite(text: str, rules: Iterable[tuple[re.Pattern, str]]) -> str:
+    """The text after these substitutions, one after the other."""
+    for pattern, replacement in rules:
         text = pattern.sub(replacement, text)
-    return text.translate(ONE_SPELLING).strip().rstrip(".").rstrip()
+    return text
 
 
 def calculate(text: str) -> tuple[Fraction, list[int]]:
@@ -108,9 +102,9 @@ def calculate(text: str) -> tuple[Fraction, list[int]]:
 
     Raises ValueError for anything else or what is too long or too deep, ZeroDivisionError for a division by zero.
     """
+    tokens, used = ["", *reversed(re.findall(r"[0-9]+|\S", text))], []  # taken from the back; "" is the end
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{len(text)} characters")
-    tokens, used = ["", *reversed(re.findall(r"[0-9]+|\S", text))], []  # taken from the back; "" is the end
     value = _calculate(tokens, used)
     if tokens != [""]:
         raise ValueError(f"{tokens[-1]!r} is not expected")
@@ -141,16 +135,16 @@ def classify(text: str, nums: Iterable[int], target: int, rule: Literal["exact",
     """What is wrong first, in the order of the public verifier behind the published tables; or "ok". Never raises.
 
     The answer is the last complete pair of tags, cut at its last "="; numbers are counted on the left only. Rule
-    "exact" wants every number once, "at_most" none of them more often than given.
+    "exact" wants every number once, "at_most" none of them more often than given. Spellings of + - * / ( ) in Unicode
+    and LaTeX are read; x as times, 2(3), words and thousands commas are not.
     """
-    answer = (last_answer(text) or "").strip()
+    answer, failure = (last_answer(text) or "").strip(), "lhs_parse_or_eval_error"
     if len(answer) > 4 * MAX_CHARACTERS:
-        return "lhs_parse_or_eval_error"
-    answer = plain_arithmetic(answer)
+        return failure
+    answer = rewrite(answer, LATEX).translate(ONE_SPELLING).strip().rstrip(".").rstrip()
     if not answer:
         return "missing_answer_tags"
     left, _, right = answer.rpartition("=") if "=" in answer else (answer, "", "")
-    failure = "lhs_parse_or_eval_error"
     try:
         value, used = calculate(left)
         extra, missing = Counter(used) - Counter(nums), Counter(nums) - Counter(used)
@@ -170,50 +164,82 @@ def grade_countdown(text: str, row: Row) -> Grade:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# graders of mathematics
+# graders of mathematics: each reads the row's own answer first and raises ValueError if it cannot
 
 MATH_CLASSES = ("ok", "no_answer", "wrong_value")
-NUMBER = r"(?:(?<![\w)])-)?\$?\d+(?:,\d{3})*(?:\.\d+)?"  # 1,234.5; the minus of 16-9 is not a sign
+PLAIN = (  # how numbers are written, one spelling each, in this order
+    (re.compile(r"[−﹣－]|–(?=[\d.$])"), "-"),
+    (re.compile(r"(?<=\d)(?:\{,\}|,?\\[,;:!]|[ \u00a0\u2009\u202f_])(?=\d{3}(?!\d))"), ","),  # 1 000 is 1,000
+    (re.compile(r"(^|[=:([{$#*]|\bis|\bequals)([^\S\n]*)-[^\S\n]+(?=[\d.$\\])"), r"\1\2-"),  # but not in 16 - 9
+    (re.compile(r"(?<=\d)\s*(?=\\[dt]?frac)"), " "),
+    (re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))"), r"\1\2/\3\4"),
+)
+DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
+NUMBER = (  # -$1,234.5 or 2 1/2; the minus of 16-9 is no sign, and the 2 of cm^2, m2 and x^{2} no number
+    rf"((?<![\w)}}\]])-)?\\?[$€£]?(?<![a-z^\d])(?<!\^\{{)(?:(\d+) (?=\d+ ?/ ?\d))?({DECIMAL})(?: ?/ ?({DECIMAL}))?"
+)
+
+
+def number(text: str, which: int = -1, mark: str = "") -> Fraction | None:
+    """The last number of a text, or another one, of those behind a mark.
+
+    None if there is none, or one over 0 or of absurd length (Python refuses 4300 digits).
+    """
+    found = list(re.finditer(mark + NUMBER, rewrite(text, PLAIN)))
+    sign, whole, top, bottom = (x and x.replace(",", "") for x in found[which].groups()) if found else [None] * 4
+    if top is None or len(found[which][0]) > 100 or Fraction(bottom or 1) == 0:
+        return None
+    return (-1 if sign else 1) * (Fraction(whole or 0) + Fraction(top) / Fraction(bottom or 1))
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last complete \boxed{...}, None without one. Linear in the length of the text."""
+    found, start, opened = None, -1, []
+    for token in re.finditer(r"\\boxed\s*\{|[{}]", text):
+        if token[0] != "}":
+            opened.append(token)
+        elif opened and len((first := opened.pop())[0]) > 1 and first.end() > start:
+            start = first.end()
+            found = text[start : token.start()]
+    return found
+
+
+def final_number(text: str) -> Fraction | None:
+    r"""The last number in the last \boxed{}, or without one there the last of the text."""
+    in_box = number(boxed(text) or "")
+    return number(text) if in_box is None else in_box
+
+
+def reference(row: Row) -> Fraction:
+    gold = final_number(str(row.answer))
+    if gold is None:
+        raise ValueError(f"{row.answer!r} is no number")
+    return gold
 
 
 def verdict(found: object | None, gold: object) -> str:
     return "no_answer" if found is None else "ok" if found == gold else "wrong_value"
 
 
-def last_number(text: str) -> Fraction | None:
-    """The last number of a text; None if there is none, or one of absurd length (Python refuses 4300 digits)."""
-    found = re.findall(NUMBER, text)
-    return Fraction(re.sub(r"[$,]", "", found[-1])) if found and len(found[-1]) < 100 else None
-
-
-def boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} with balanced braces, None without one."""
-    start, depth = text.rfind("\\boxed{"), 0
-    for i in range(start + 6, len(text) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start + 7 : i]
-    return None
-
-
 def grade_gsm8k(text: str, row: Row) -> Grade:
-    """Right if the number after the first "####" is, or without one the last number; `strict` demands the "####".
+    """Right if the number after the first "####" is, or without one the final number; `strict` demands the "####".
 
-    The two extractions of lm-eval, except that here the flexible one prefers the marked number.
+    The two extractions of lm-eval, except that here the flexible one prefers the marked and the boxed number.
     """
-    marked = re.search(rf"####\s*({NUMBER})", text)
-    reason = verdict(last_number(marked[1] if marked else text), last_number(str(row.answer)))
+    gold, marked = reference(row), number(text, 0, r"####\s*")
+    reason = verdict(final_number(text) if marked is None else marked, gold)
     return Grade(reason, {"strict": reason == "ok" and marked is not None})
 
 
 def grade_integer(text: str, row: Row) -> Grade:
-    r"""AIME: the last number in the last \boxed{}, or without one the last of the text, is the integer `answer`."""
-    found = last_number(boxed(text) or "")
-    return Grade(verdict(last_number(text) if found is None else found, int(row.answer)))
+    gold = reference(row)
+    if gold.denominator != 1:
+        raise ValueError(f"{row.answer!r} is no integer")
+    return Grade(verdict(final_number(text), gold))
 
 
 def grade_math(text: str, row: Row) -> Grade:
-    r"""Compare the values with math-verify, at most five seconds a step.
+    r"""Compare the values with math-verify, at most five seconds a step; of several boxes the last one counts.
 
     The reference is the row's answer, or the \boxed{} of its completion.
     Raises RuntimeError outside the main thread: math-verify's time limit is a signal, and only that thread gets one.
@@ -222,10 +248,14 @@ def grade_math(text: str, row: Row) -> Grade:
 
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("mathematics is graded in the main thread only: use Evaluator, whose child has one")
-    box, end = boxed(text), text[-3000:]  # math-verify finds nothing in time in a text of many pages
-    gold = boxed(row.completion or "") if row.answer is None else row.answer
-    answer = parse(f"\\boxed{{{box}}}" if box is not None and "\\boxed" not in end else end)
-    return Grade(verdict(verify(parse(f"\\boxed{{{gold}}}"), answer) if answer else None, True))
+    gold, box = str(row.completion if row.answer is None else row.answer), boxed(text)
+    if row.answer is None or boxed(gold) is not None:
+        gold = boxed(gold) or ""
+    if not (right := parse(f"\\boxed{{{gold}}}")):
+        raise ValueError(f"{gold!r} is no mathematics")
+    # without a box the end: math-verify finds nothing in time in a text of many pages
+    answer = parse(text[-3000:] if box is None else f"\\boxed{{{box}}}")
+    return Grade(verdict(verify(right, answer) if answer else None, True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,6 +269,7 @@ class Task:
     subset: str | None = None
     split: str = "test"
     classes: tuple[str, ...] = MATH_CLASSES  # the reasons that `grade` gives, as the table shows them
+    also: tuple[str, ...] = ()  # its further verdicts
     needs: tuple[str, ...] = ("answer",)  # what every row must have: answer, completion or columns of the data set
     few_shot: int = 0  # solved examples before the question, as turns of the chat: the first rows of the split train
     instruction: str = ""  # put behind the question
@@ -248,13 +279,14 @@ class Task:
 
 
 BOX = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-COUNTDOWN = Task("countdown", grade_countdown, classes=COUNTDOWN_CLASSES, needs=("nums", "target"))
+COUNTDOWN = Task("countdown", grade_countdown, classes=COUNTDOWN_CLASSES, also=("at_most",), needs=("nums", "target"))
 OPENR1 = Task("HuggingFaceTB/OpenR1-Math-220k-default-verified", grade_math, "all", needs=("completion",))
+STOP = ("\nQuestion:", "\n\nUser:")
 TASKS = {
     "countdown": COUNTDOWN,  # made on the spot, no network
     "countdown-mini": replace(COUNTDOWN, dataset="countdown-mini", max_new_tokens=64),
     "countdown-gold": replace(COUNTDOWN, dataset="HuggingFaceTB/Countdown-Task-GOLD", subset="test"),
-    "gsm8k": Task("openai/gsm8k", grade_gsm8k, "main", few_shot=5, stop=("\nQuestion:", "\n\nUser:")),
+    "gsm8k": Task("openai/gsm8k", grade_gsm8k, "main", also=("strict",), few_shot=5, stop=STOP),
     "math500": Task("HuggingFaceH4/MATH-500", grade_math, instruction=BOX, max_new_tokens=4096),
     "aime": Task("HuggingFaceH4/aime_2024", grade_integer, split="train", instruction=BOX, max_new_tokens=8192),
     "aime25": Task("yentinglin/aime_2025", grade_integer, split="train", instruction=BOX, max_new_tokens=8192),
@@ -287,15 +319,19 @@ def parse_tasks(tasks: Iterable[str]) -> list[Task]:
 
 
 def few_shot_rows(task: Task) -> list[Row]:
+    """The solved examples. Raises ValueError if there are fewer than the task wants."""
     rows = gold_data.iter_rows(task.dataset, task.subset, "train") if task.few_shot else ()
-    return list(itertools.islice((row for row in rows if row.completion), task.few_shot))
+    found = list(itertools.islice((row for row in rows if row.completion), task.few_shot))
+    if len(found) < task.few_shot:
+        raise ValueError(f"task {task.name}: {task.dataset} has {len(found)} solved examples, not {task.few_shot}")
+    return found
 
 
 def load_task_rows(task: str | Task, max_samples: int | None = None, seed: int = 0) -> list[Row]:
     """The rows a task asks, with their prompts as they are in the data set (for gold_data.without).
 
     The few-shot examples are not among them. `max_samples` rows are drawn by `seed`, the same ones for every model.
-    Raises ValueError if a row lacks what the task needs.
+    Raises ValueError if a row lacks what the task needs or has an answer that cannot be graded, or no row is left.
     """
     task = parse_tasks([task])[0] if isinstance(task, str) else task
     split = task.split
@@ -308,8 +344,16 @@ def load_task_rows(task: str | Task, max_samples: int | None = None, seed: int =
         if lacks:
             raise ValueError(f"task {task.name}: row {number} of {task.dataset} has no {' and no '.join(lacks)}")
     rows = gold_data.without(rows, few_shot_rows(task))[0]
+    if not rows:
+        raise ValueError(f"task {task.name}: no question of {task.dataset} is left besides {task.few_shot} examples")
     if max_samples is not None and max_samples < len(rows):
         rows = [rows[i] for i in sorted(random.Random(f"{task.name} {seed}").sample(range(len(rows)), max_samples))]
+    for row in rows if task.grade else ():
+        try:
+            task.grade("", row)
+        except (ValueError, TypeError, LookupError, ArithmeticError) as e:
+            asked = f"row {row.prompt[-1]['content'][:80]!r} of {task.dataset}"
+            raise ValueError(f"task {task.name}: the grader cannot read the answer of {asked}: {e}") from e
     return rows
 
 
@@ -330,9 +374,7 @@ def task_messages(task: Task, row: Row, examples: list[Row]) -> list[gold_data.M
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# engines: prompts -> answers, sequences -> log-probabilities
-
-Ids = list[int]
+# scores
 
 
 @dataclass(frozen=True)
@@ -346,7 +388,7 @@ class Options:
     max_length: int = 8192  # tokens of prompt and answer at most, and of perplexity's windows; the model's limit holds
     few_shot: int | None = None  # solved examples before each question; None is the benchmark's custom
     wrap: int = 512  # tokens per chunk of the wrapped perplexity
-    batch_size: int = 32  # answers generated at a time (engine hf)
+    batch_tokens: int = 2**17  # decoded or scored together: rows x longest stays below (engine hf)
     engine: Literal["hf", "vllm"] = "hf"  # what generates
     vllm_memory: float = 0.8  # share of the GPU's memory for vLLM
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: bfloat16 on a GPU
@@ -355,169 +397,50 @@ class Options:
     def __post_init__(self):
         if self.num_samples < 1 or (self.num_samples > 1 and self.temperature <= 0):
             raise ValueError(f"num_samples {self.num_samples}: more than one needs a temperature above 0")
-
-    def context(self, config) -> int:
-        """Tokens that fit: the model's limit or max_length."""
-        return min(getattr(config.get_text_config(), "max_position_embeddings", math.inf), self.max_length)
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples {self.max_samples}: there is nothing to ask")
 
     def torch_dtype(self, device: str) -> torch.dtype:
         auto = "float32" if device.startswith("cpu") else "bfloat16"
         return getattr(torch, auto if self.dtype == "auto" else self.dtype)
 
 
-def by_length(sequences: list[Ids], rows: Callable[[int], int]) -> Iterator[list[int]]:
-    """Indices in batches of similar length, the longest first; `rows(longest)` of them at a time."""
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    with tqdm(total=len(order), disable=None, leave=False) as bar:  # None: silent where nobody watches
-        while order:
-            size = max(1, rows(len(sequences[order[0]])))
-            yield order[:size]
-            bar.update(len(order[:size]))
-            order = order[size:]
+def open_model(name: str, revision: str | None, device: str, options: Options):
+    """(sampler, tokenizer) of a model directory or Hub id."""
+    from transformers import AutoConfig, AutoTokenizer
 
-
-def padded(sequences: list[Ids], side: str, device) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both (B, T)."""
-    stack = lambda rows: pad_sequence([torch.tensor(row) for row in rows], True, padding_side=side).to(device)
-    return stack(sequences), stack([[1] * len(s) for s in sequences])
-
-
-class HFEngine:
-    """transformers' own generate. The model's generation config supplies end ids, nothing else."""
-
-    def __init__(self, model, options: Options):
-        self.model, self.options = model, options
-        self.limit = options.context(model.config)  # tokens of prompt and answer
-        self.window = self.limit  # tokens the model reads at a time
-        eos = model.generation_config.eos_token_id
-        self.end_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(weights)
-
-    @contextlib.contextmanager
-    def _scoring(self) -> Iterator[torch.device]:
-        """Evaluation mode, neutral generation defaults and a random state of its own; all put back afterwards."""
-        from transformers import GenerationConfig
-
-        training, config, device = self.model.training, self.model.generation_config, self.model.device
-        self.model.eval().generation_config = GenerationConfig()  # penalties in it would apply where ours is silent
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            yield device
-        self.model.train(training).generation_config = config
-
-    def generate(self, prompts: list[Ids], max_new_tokens: int, end_ids: tuple[int, ...]) -> list[list[Ids]]:
-        """options.num_samples answers per prompt, as ids with the end id if the model wrote one.
-
-        Every prompt has to leave room for a token. Samples depend on the seed and on the batches.
-        """
-        from transformers import GenerationConfig
-
-        o, out = self.options, [[]] * len(prompts)
-        for batch in by_length(prompts, lambda longest: o.batch_size // o.num_samples):
-            width = len(prompts[batch[0]])
-            config = GenerationConfig(
-                **({"do_sample": True, "temperature": o.temperature, "top_k": 0} if o.temperature else {}),
-                num_return_sequences=o.num_samples, max_new_tokens=min(max_new_tokens, self.limit - width),
-                eos_token_id=list(end_ids), pad_token_id=end_ids[0], use_cache=True,
-            )  # fmt: skip
-            with self._scoring() as device:
-                torch.manual_seed(o.seed * 1_000_003 + batch[0])
-                ids, mask = padded([prompts[i] for i in batch], "left", device)
-                answers = self.model.generate(ids, attention_mask=mask, generation_config=config)
-            for i, group in zip(batch, answers[:, width:].reshape(len(batch), o.num_samples, -1).tolist()):
-                lengths = [next((n for n, token in enumerate(ids, 1) if token in end_ids), None) for ids in group]
-                out[i] = [ids[:length] for ids, length in zip(group, lengths)]  # without the padding
-        return out
-
-    def score(self, sequences: list[Ids]) -> list[np.ndarray]:
-        """Natural log-probability of every token but the first, float64 (len - 1,), whatever the batches are."""
-        vocabulary, out = self.model.config.get_text_config().vocab_size, [np.zeros(0)] * len(sequences)
-        rows = lambda longest: min(self.options.batch_size, 2**28 // (longest * vocabulary))  # a gigabyte of logits
-        for batch in by_length(sequences, rows):
-            with self._scoring() as device:
-                ids, mask = padded([sequences[i] for i in batch], "right", device)
-                logits = self.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1]).logits.float()  # (B, T, V)
-                nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-            for i, row in zip(batch, nll.double().cpu().numpy()):
-                out[i] = -row[: len(sequences[i]) - 1]
-        return out
-
-
-class VLLMEngine:
-    """vLLM in this process: weights are handed over by reference, and no engine process can outlive us."""
-
-    def __init__(self, model_dir: str, device: str, options: Options, dummy: bool):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when vllm is imported
-        from transformers import AutoConfig
-        from vllm import LLM, SamplingParams
-
-        cpu, self.options, self.params = device.startswith("cpu"), options, SamplingParams
-        # on the CPU a share of "its" memory would be one of the machine's
-        memory = {"kv_cache_memory_bytes": 2**28} if cpu else {"gpu_memory_utilization": options.vllm_memory}
-        self.limit = options.context(AutoConfig.from_pretrained(model_dir))
-        self.window = self.limit - 2  # vLLM reads the last token too, and insists on writing one more
-        self.llm = LLM(
-            model=model_dir, dtype=str(options.torch_dtype(device)).removeprefix("torch."), seed=options.seed,
-            max_model_len=self.limit, load_format="dummy" if dummy else "auto", enforce_eager=cpu,
-            skip_tokenizer_init=True, generation_config="vllm", **memory,
-        )  # fmt: skip
-        eos = self.llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id", [])
-        self.end_ids = eos if isinstance(eos, list) else [eos]
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        # one call with the whole state dict: the names of a tied head are all in it, and vLLM may keep its own copy
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
-        if not self.llm.reset_prefix_cache():  # else shared prompts would be read with the old weights
-            raise RuntimeError("vLLM kept its prefix cache: a request is still running")
-
-    def generate(self, prompts: list[Ids], max_new_tokens: int, end_ids: tuple[int, ...]) -> list[list[Ids]]:
-        """As HFEngine.generate; a sample depends on its prompt's position and the seed, not on the batch."""
-        o = self.options
-        params = [
-            self.params(
-                n=o.num_samples, temperature=o.temperature, seed=o.seed * 1_000_003 + i, detokenize=False,
-                max_tokens=min(max_new_tokens, self.limit - len(prompt)), stop_token_ids=list(end_ids),
-            ) for i, prompt in enumerate(prompts)
-        ]  # fmt: skip
-        answers = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params) if prompts else []
-        return [[list(one.token_ids) for one in answer.outputs] for answer in answers]
-
-    def score(self, sequences: list[Ids]) -> list[np.ndarray]:
-        """As HFEngine.score."""
-        params = self.params(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        found = [a.prompt_logprobs for a in self.llm.generate([{"prompt_token_ids": s} for s in sequences], params)]
-        return [np.array([at[i].logprob for i, at in zip(s[1:], f[1:])]) for s, f in zip(sequences, found)]
-
-
-def open_engine(model_dir: str, device: str, options: Options, dummy: bool = False):
-    """(engine, tokenizer) of a model directory or Hub id; `dummy`: other weights will be loaded before it is used."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer, dtype = AutoTokenizer.from_pretrained(model_dir), options.torch_dtype(device)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    dtype, limit = options.torch_dtype(device), options.max_length
     if options.engine == "vllm":
-        return VLLMEngine(model_dir, device, options, dummy), tokenizer
-    return HFEngine(AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device), options), tokenizer
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# scores
+        limit = min(limit, gold_buffer.positions(AutoConfig.from_pretrained(name, revision=revision)))
+        memory = 2**28 if device == "cpu" else options.vllm_memory  # there its share would be one of the machine's
+        how = {"revision": revision, "deadline": math.inf, "load_format": "auto"}
+        return gold_buffer.VLLMSampler(name, limit, str(dtype)[6:], memory, **how), tokenizer
+    model = gold_buffer.load_model(name, revision, dtype, device)
+    how = {"max_batch_tokens": options.batch_tokens, "limit": limit, "progress": True}
+    return gold_buffer.HFSampler(model.eval(), own=True, **how), tokenizer
 
 
 def evaluate(model, tokenizer, tasks: Iterable[str], save_to: str | Path | None = None, **options) -> dict[str, dict]:
-    """{task: {"n", "accuracy", "se", "classes", ...}} of a causal LM (left as it was found) or an engine.
+    """{task: {"n", "accuracy", "se", "classes", ...}} of a model.
 
-    `save_to` gets one JSONL per task with every answer; `options` are fields of Options.
-    Raises ValueError for unknown tasks and unusable rows.
+    Args:
+        model: a causal LM of transformers, left as it was found; or one of gold_buffer's samplers or anything like
+            them: generate(requests, sampling) -> rollouts; score(sequences) -> for each the natural log probability
+            (float64) of every token but the first; limit: tokens of prompt and answer; window: tokens that score reads
+            at a time; end_ids.
+        save_to: gets one JSONL per task with every answer.
+        options: fields of Options.
+    Raises: ValueError for unknown tasks and unusable rows.
     """
-    options = Options(**options)
-    engine = HFEngine(model, options) if isinstance(model, torch.nn.Module) else model
-    results = {}
+    options, results = Options(**options), {}
+    if isinstance(model, torch.nn.Module):
+        model = gold_buffer.HFSampler(model, max_batch_tokens=options.batch_tokens, limit=options.max_length)
     for task in parse_tasks(tasks):
         if options.few_shot is not None:
             task = replace(task, few_shot=options.few_shot)
         start = time.perf_counter()
-        result, answers = (accuracy if task.grade else perplexity)(engine, tokenizer, task, options)
+        result, answers = (accuracy if task.grade else perplexity)(model, tokenizer, task, options)
         results[task.name] = result | {"seconds": round(time.perf_counter() - start, 3)}
         if save_to is not None:
             Path(save_to).mkdir(parents=True, exist_ok=True)
@@ -526,25 +449,33 @@ def evaluate(model, tokenizer, tasks: Iterable[str], save_to: str | Path | None 
     return results
 
 
-def accuracy(engine, tokenizer, task: Task, options: Options) -> tuple[dict, list[dict]]:
+def accuracy(model, tokenizer, task: Task, options: Options) -> tuple[dict, list[dict]]:
     """(result, answers) of a task with a grader. Counts are over all answers; `se` is over questions."""
-    rows, examples = load_task_rows(task, options.max_samples, options.seed), few_shot_rows(task)
+    rows, examples, k = (
+        load_task_rows(task, options.max_samples, options.seed),
+        few_shot_rows(task),
+        options.num_samples,
+    )
     prompts = [gold_data.encode_prompt(tokenizer, task_messages(task, row, examples)) for row in rows]
-    k, ends = options.num_samples, gold_data.end_ids(tokenizer, engine.end_ids)
-    limit = task.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
-    fits = [i for i, prompt in enumerate(prompts) if len(prompt) < engine.limit]
-    completions = dict(zip(fits, engine.generate([prompts[i] for i in fits], limit, ends)))
-    classes, also, answers = Counter(dict.fromkeys(task.classes, 0)), Counter(), []
-    for i, (row, prompt) in enumerate(zip(rows, prompts)):
-        for ids in completions.get(i, [[]] * k):  # no room, no answer
-            whole = tokenizer.decode(ids, skip_special_tokens=True)
-            text = whole[: min((whole.find(s) for s in task.stop if s in whole), default=None)]
-            grade = task.grade(text, row)
-            classes[grade.reason] += 1
-            also.update(grade.also)
-            truncated = text == whole and (not ids or ids[-1] not in ends)
-            answer = {"prompt": tokenizer.decode(prompt), "completion": text, "reason": grade.reason}
-            answers.append(answer | {"truncated": truncated, "tokens": len(ids), "answer": row.answer} | row.meta)
+    ends, fits = gold_data.end_ids(tokenizer, model.end_ids), [len(prompt) < model.limit for prompt in prompts]
+    seeds = [np.random.SeedSequence([options.seed, i]).generate_state(k).tolist() for i in range(len(rows))]
+    requests = [gold_buffer.Request(prompts[i], seed) for i in range(len(rows)) for seed in seeds[i] if fits[i]]
+    sampling = gold_buffer.Sampling(options.max_new_tokens or task.max_new_tokens, options.temperature, end_ids=ends)
+    rollouts, answers, also = iter(model.generate(requests, sampling)), [], Counter()
+    for i, row in ((i, row) for i, row in enumerate(rows) for _ in range(k)):
+        ids = next(rollouts).completion_ids if fits[i] else []  # no room, no answer
+        whole = tokenizer.decode(ids, skip_special_tokens=True)
+        text = whole[: min((whole.find(s) for s in task.stop if s in whole), default=None)]
+        grade = task.grade(text, row)
+        also.update(grade.also)
+        answer = {
+            "prompt": tokenizer.decode(prompts[i]),
+            "completion": text,
+            "reason": grade.reason,
+            "tokens": len(ids),
+        }
+        answer["truncated"] = text == whole and (not ids or ids[-1] not in ends)
+        answers.append(answer | {"answer": row.answer, "row": row.meta})  # whose columns may have any name
     right = np.array([answer["reason"] == "ok" for answer in answers]).reshape(len(rows), k)
     return {
         "n": len(rows),
@@ -553,12 +484,16 @@ def accuracy(engine, tokenizer, task: Task, options: Options) -> tuple[dict, lis
         "accuracy": float(right.mean()),
         "se": float(right.mean(1).std() / math.sqrt(len(rows))),
         **{f"accuracy_{name}": count / len(answers) for name, count in also.items()},
-        **{f"pass@{j}": pass_at(j, right) for j in sorted({*(2**i for i in range(1, k.bit_length())), k} - {1})},
-        "classes": dict(classes),
-        "truncated": float(np.mean([answer["truncated"] for answer in answers])),
-        "too_long": len(rows) - len(fits),
-        "tokens": float(np.mean([answer["tokens"] for answer in answers])),
+        **{f"pass@{j}": pass_at(j, right) for j in powers(k)},
+        "classes": dict.fromkeys(task.classes, 0) | Counter(answer["reason"] for answer in answers),
+        "too_long": fits.count(False),
+        **{name: float(np.mean([answer[name] for answer in answers])) for name in ("truncated", "tokens")},
     }, answers
+
+
+def powers(k: int) -> list[int]:
+    """2, 4, 8, .. and k: the j of which pass@j is reported."""
+    return sorted({*(2**i for i in range(1, k.bit_length())), k} - {1})
 
 
 def pass_at(j: int, right: np.ndarray) -> float:
@@ -579,7 +514,7 @@ def windows(ids: list[int], prefix: int, length: int) -> Iterator[tuple[list[int
         yield ids[max(0, end - length - 1) : end], end - start
 
 
-def perplexity(engine, tokenizer, task: Task, options: Options) -> tuple[dict, list[dict]]:
+def perplexity(model, tokenizer, task: Task, options: Options) -> tuple[dict, list[dict]]:
     """(result, per-row numbers). Only bits per byte compare between tokenizers; `se` is theirs, over rows.
 
     A question with its answer is read as "Question: ...\\nAnswer: ...", each row by itself, without an end token:
@@ -592,16 +527,15 @@ def perplexity(engine, tokenizer, task: Task, options: Options) -> tuple[dict, l
     rows, totals, stream, parts = load_task_rows(task, options.max_samples, options.seed), [], [], []
     for row in rows:
         asked = "\n".join(m["content"] for m in row.prompt if m["role"] == "user")
-        context, space = (f"Question: {asked}\nAnswer:", " ") if row.prompt else ("", "")
-        answer = space + row.completion
+        context, answer = (f"Question: {asked}\nAnswer:", f" {row.completion}") if row.prompt else ("", row.completion)
         ids, size = encode(context + answer), len(answer.encode())
         of_answer = {"answer_tokens": len(ids) - len(encode(context)), "answer_bytes": size}
         totals.append({"tokens": len(ids), "bytes": len(context.encode()) + size} | of_answer)
         stream += [*ids, eos]
-        parts += windows(ids, prefix, engine.window)
+        parts += windows(ids, prefix, model.window)
     if not parts:
         raise ValueError(f"task {task.name}: {task.dataset} holds no text")
-    scored = zip(parts, engine.score([sequence for sequence, _ in parts]))
+    scored = zip(parts, model.score([sequence for sequence, _ in parts]))
     logprobs = np.concatenate([found[len(found) - count :] for (_, count), found in scored])  # of every token, in order
     for total, end in zip(totals, itertools.accumulate(total["tokens"] for total in totals)):
         total["nll"] = -float(logprobs[end - total["tokens"] : end].sum())
@@ -610,16 +544,32 @@ def perplexity(engine, tokenizer, task: Task, options: Options) -> tuple[dict, l
     rate = sums["nll"] / sums["bytes"]  # nats per byte
     spread = math.sqrt(sum((total["nll"] - rate * total["bytes"]) ** 2 for total in totals))  # of a ratio of two sums
     result = {"n": len(rows), "tokens": sums["tokens"], "bytes": sums["bytes"]}
-    result |= {"perplexity": math.exp(sums["nll"] / sums["tokens"]), "bits_per_byte": rate / math.log(2)}
+    for name in ("", "answer_") if rows[0].prompt else ("",):
+        result[f"{name}perplexity"] = math.exp(sums[f"{name}nll"] / sums[f"{name}tokens"])
+        result[f"{name}bits_per_byte"] = sums[f"{name}nll"] / sums[f"{name}bytes"] / math.log(2)
     result["se"] = spread / sums["bytes"] / math.log(2)
-    if rows[0].prompt:
-        result["answer_perplexity"] = math.exp(sums["answer_nll"] / sums["answer_tokens"])
-        result["answer_bits_per_byte"] = sums["answer_nll"] / sums["answer_bytes"] / math.log(2)
-    body = min(options.wrap, engine.window) - 2
+    body = min(options.wrap, model.window) - 2
     chunks = [[prefix, *stream[i : i + body], eos] for i in range(0, len(stream) - body + 1, body)]
     if chunks:
-        result["wrapped_perplexity"] = math.exp(-np.concatenate(engine.score(chunks)).mean())
+        result["wrapped_perplexity"] = math.exp(-np.concatenate(model.score(chunks)).mean())
     return result, totals
+
+
+GRADED = "n samples correct accuracy se too_long truncated tokens seconds"
+MEASURED = (
+    "n tokens bytes perplexity bits_per_byte answer_perplexity answer_bits_per_byte se wrapped_perplexity seconds"
+)
+MAIN = ("/accuracy", "/bits_per_byte")  # the number that stands for a task
+
+
+def metrics(tasks: Iterable[Task], num_samples: int = 1) -> list[str]:
+    """The numbers that these tasks report, as flatten names them."""
+    names = []
+    for task in tasks:
+        more = [f"accuracy_{name}" for name in task.also] + [f"classes/{name}" for name in task.classes]
+        more += [f"pass@{j}" for j in powers(num_samples)]
+        names += [f"{task.name}/{name}" for name in (GRADED.split() + more if task.grade else MEASURED.split())]
+    return names
 
 
 def headline(results: dict[str, dict], metric: str | None = None) -> tuple[str, float]:
@@ -628,10 +578,9 @@ def headline(results: dict[str, dict], metric: str | None = None) -> tuple[str, 
     `metric` is "countdown/accuracy" or just "countdown"; None is the first task.
     Raises ValueError that lists what there is.
     """
-    numbers = flatten(results)
-    task, _, name = (metric or next(iter(results))).partition("/")
-    name = f"{task}/{name or ('accuracy' if f'{task}/accuracy' in numbers else 'bits_per_byte')}"
-    if name not in numbers:
+    numbers, name = flatten(results), metric or next(iter(results))
+    name = next((name + main for main in ("", *MAIN) if name + main in numbers), None)
+    if name is None:
         raise ValueError(f"there is no metric {metric!r} among the results: {', '.join(sorted(numbers))}")
     small = "perplexity" in name or "bits_per_byte" in name
     return (f"-{name}", -numbers[name]) if small else (name, numbers[name])
@@ -659,87 +608,71 @@ def flatten(nested: dict, prefix: str = "") -> dict[str, float]:
 # the evaluator: a thread that supervises, a child process that works
 
 
-@dataclass
-class Job:
-    name: str  # of the model in the record
-    step: int | None
-    model_dir: str
-    weights: dict[str, Tensor] | None  # None: those in model_dir
-    keep: bool  # never dropped for a newer one
-
-
 class Evaluator:
-    """Scores snapshots of a model that trains on, in a child process.
+    """Scores model directories, while training goes on, in a child process.
 
-    A thread could not: Python work in it slows training up to a hundredfold (one interpreter lock), it would read
-    weights in the middle of a step, and it cannot be killed. So the thread here only waits; the child does the work,
-    and dies with its parent or at its time limit. Weights reach it through an anonymous file in memory, which has no
-    name that could be left behind and does not count against the size of /dev/shm.
+    A thread could not: Python work in it slows training up to a hundredfold (one interpreter lock), and it cannot be
+    killed. So the thread here only waits; the child dies with its parent or at its time limit. They talk in lines of
+    JSON: {"step", "model", "dir", "revision"} on the child's stdin, {"status", "results" or "error"} on its stdout. One
+    child serves all steps of a model: only its weights are read again.
 
     Each submit is answered by exactly one record {"step", "model", "status", "seconds", "results", "error"}: status ok,
     error (an exception), crashed, timeout, dropped (a newer one took its place, or close came before its turn) or
     refused (after `max_failures` in a row, or after close). A failure is printed and counted; it raises nothing.
 
-    `model_dir` has the config and tokenizer of what `submit` sends weights of; `out` is the folder for eval.jsonl,
-    eval.log (what the child prints) and completions/; `device` is "cpu", or "cuda:1" as the trainer counts GPUs;
-    `timeout` is in seconds, for one evaluation with the start of the child; `echo`: nobody trains, and the child prints
-    here. If a snapshot is waiting already, policy "drop_oldest" replaces it and "wait" makes submit wait; the first
-    (step 0), the final one and other models are never dropped. `options` are fields of Options.
-    Raises ValueError for an unknown task or policy, or a GPU that is not there.
+    `out` is the folder for eval.jsonl, eval.log (what the child prints) and completions/; `device` is "cpu", or
+    "cuda:1" as the trainer counts GPUs; `timeout` is in seconds, for one evaluation with the start of the child;
+    `echo`: nobody trains, and the child prints here. If a step is waiting already, policy "drop_oldest" replaces it and
+    "wait" makes submit wait; step 0, the final step and other models are never dropped. `options` are fields of
+    Options. Raises ValueError for an unknown task or policy, or a GPU that is not there.
     """
 
     script = __file__  # what the child runs with --serve; it has to define the same TASKS
 
     def __init__(
-        self, model_dir: str | Path, tasks: Iterable[str], out: str | Path, device: str = "cpu",
+        self, tasks: Iterable[str], out: str | Path, device: str = "cpu",
         policy: Literal["drop_oldest", "wait"] = "drop_oldest", timeout: float | None = 3600.0, max_failures: int = 3,
         echo: bool = False, **options,
     ):  # fmt: skip
         if policy not in ("drop_oldest", "wait"):
             raise ValueError(f"policy {policy!r} is neither drop_oldest nor wait")
-        self.model_dir, self.tasks, self.out, self.device = str(model_dir), list(tasks), Path(out), device
-        if not parse_tasks(self.tasks):
+        if not parse_tasks(tasks := list(tasks)):
             raise ValueError(f"no task to evaluate on: choose among {', '.join(TASKS)}")
-        self.options, self.policy, self.timeout, self.echo = Options(**options), policy, timeout, echo
-        self.max_failures, self.env = max_failures, child_env(device, self.options.engine)
-        self.waiting: deque[Job] = deque()
+        self.out, self.policy, self.timeout, self.max_failures, self.echo = (
+            Path(out),
+            policy,
+            timeout,
+            max_failures,
+            echo,
+        )
+        self.setup = {"parent": os.getpid(), "tasks": tasks, "out": str(out), "device": device.split(":")[0]}
+        self.setup |= {"alone": echo, "options": asdict(Options(**options))}
+        self.env, self.child, self.model = child_env(device), None, None  # the process, and whose weights it has
+        self.waiting: deque[tuple[dict, bool]] = deque()  # (job, whether it is never dropped)
         self.records: queue.SimpleQueue[dict] = queue.SimpleQueue()
         self.counts: Counter[str] = Counter()  # of statuses
-        self.changed = threading.Condition()
-        self.closed, self.close_by, self.cut_short = False, math.inf, False
-        self.disabled = ""  # why, after too many failures
-        self.child: subprocess.Popen | None = None
+        self.changed, self.closed, self.cut_short, self.disabled = threading.Condition(), False, False, ""
         self.out.mkdir(parents=True, exist_ok=True)
-        file, linux = self.out / ".weights.pt", hasattr(os, "memfd_create")
-        self.memory = os.memfd_create("gold_eval") if linux else os.open(file, os.O_CREAT | os.O_RDWR)
-        self.weights_file = f"/proc/self/fd/{self.memory}" if linux else str(file)
         self.thread = threading.Thread(target=self._supervise, name="evaluator", daemon=True)
         self.thread.start()
 
     # ---- the trainer's side
 
-    def submit(self, step: int, state_dict: dict[str, Tensor], final: bool = False) -> None:
-        """Have these weights scored. They are copied here and now, so the caller may train on at once."""
-        dtype = self.options.torch_dtype(self.device)
-        weights = {} if self.disabled or self.closed else snapshot(state_dict, dtype)
-        self._enqueue(Job("student", step, self.model_dir, weights, keep=final or step == 0))
-
-    def submit_model(self, name: str, model_dir: str | Path) -> None:
-        """Have another model scored, once."""
-        self._enqueue(Job(name, None, str(model_dir), None, keep=True))
-
-    def _enqueue(self, job: Job) -> None:
-        """A snapshot takes the place of the older ones that wait, or waits until there are none."""
-        older = lambda: [old for old in self.waiting if job.step and not old.keep]
+    def submit(
+        self, step: int | None, folder: str | Path, final=False, model: str = "student", revision: str | None = None
+    ) -> None:
+        """Have a model directory scored, which has to stay until its record is there; other models have no step."""
+        job = {"step": step, "model": model, "dir": str(folder), "revision": revision}
+        older = lambda: [old for old in self.waiting if step and not old[1]]
         with self.changed:
             self.changed.wait_for(lambda: self.policy != "wait" or not older() or self.disabled or self.closed)
             for old in older():
                 self.waiting.remove(old)
-                self._record(old, "dropped", error=f"replaced by step {job.step}")
+                self._record(old[0], "dropped", error=f"replaced by step {step}")
             if self.disabled or self.closed:
                 self._record(job, "refused", error=self.disabled or "the evaluator is closed")
             else:
-                self.waiting.append(job)
+                self.waiting.append((job, final or not step))
             self.changed.notify_all()
 
     def poll(self) -> list[dict]:
@@ -752,13 +685,13 @@ class Evaluator:
         Call it after the process group is gone: the other ranks would wait for this one.
         """
         with self.changed:
-            self.closed, self.close_by = True, math.inf if timeout is None else time.monotonic() + timeout
+            self.closed = True
             self.changed.notify_all()
-        self.thread.join()
-        if self.memory is not None:
-            os.close(self.memory)
-            self.memory = None
-            (self.out / ".weights.pt").unlink(missing_ok=True)
+        self.thread.join(timeout)
+        while self.thread.is_alive():
+            self.cut_short = True
+            stop(self.child)
+            self.thread.join(0.1)
         return not self.cut_short
 
     def summary(self) -> str:
@@ -770,16 +703,16 @@ class Evaluator:
     def failures(self) -> int:
         return sum(self.counts[status] for status in ("error", "crashed", "timeout"))
 
-    def _record(self, job: Job, status: str, *, seconds=0.0, results=None, error="") -> None:
-        record = {"step": job.step, "model": job.name, "status": status, "seconds": round(seconds, 3)}
+    def _record(self, job: dict, status: str, seconds: float = 0.0, results=None, error: str = "") -> None:
+        record = {"step": job["step"], "model": job["model"], "status": status, "seconds": round(seconds, 3)}
         record |= {"results": results or {}} | ({"error": error} if error else {})
         with self.changed:
             self.counts[status] += 1
+            with contextlib.suppress(OSError):  # a full disk must not end the thread that owes further answers
+                append_jsonl(self.out / "eval.jsonl", record)
             self.records.put(record)
-            with contextlib.suppress(OSError), open(self.out / "eval.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")  # a full disk must not end the thread that owes further answers
         if status not in ("ok", "dropped"):
-            print(f"eval: {job.name} step {job.step}: {status}: {error}", file=sys.stderr, flush=True)
+            print(f"eval: {job['model']} step {job['step']}: {status}: {error}", file=sys.stderr, flush=True)
 
     # ---- the supervisor's side
 
@@ -788,137 +721,112 @@ class Evaluator:
         while job := self._next():
             start = time.monotonic()
             try:
-                answer = self._ask(job, start)
-            except (EOFError, ConnectionError):  # the other end of the pipe is closed: the child is dead
-                answer = {"status": "crashed", "error": f"exit code {self._kill(5)}, see {self.out}/eval.log"}
+                answer = self._ask(job)
             except Exception:  # noqa: BLE001 - whatever went wrong here is this job's record, not the end of training
                 answer = {"status": "error", "error": traceback.format_exc()}
             in_a_row = 0 if answer["status"] == "ok" else in_a_row + 1
             if in_a_row:
-                self._kill()  # the next job gets a fresh child: after an exception neither CUDA nor vLLM can be trusted
+                stop(self.child)  # after an exception neither CUDA nor vLLM can be trusted
             if in_a_row == self.max_failures:
                 self.disabled = f"given up after {in_a_row} failures in a row, the last: {answer['error'][-300:]}"
             self._record(job, seconds=time.monotonic() - start, **answer)
-        self._kill()
+        stop(self.child)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> dict | None:
         """The job that waits longest; None when there will be no more."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting or self.closed)
-            while self.waiting and self.disabled:
-                self._record(self.waiting.popleft(), "refused", error=self.disabled)
-            while self.waiting and time.monotonic() > self.close_by:
-                self._record(self.waiting.popleft(), "dropped", error="the evaluator was closed before its turn")
-                self.cut_short = True
+            while self.waiting and (self.disabled or self.cut_short):
+                status, why = ("refused", self.disabled) if self.disabled else ("dropped", "closed before its turn")
+                self._record(self.waiting.popleft()[0], status, error=why)
             self.changed.notify_all()
-            return self.waiting.popleft() if self.waiting else None
+            return self.waiting.popleft()[0] if self.waiting else None
 
-    def _ask(self, job: Job, start: float) -> dict:
-        """The child's answer, or a timeout. Raises EOFError or ConnectionError if the child dies."""
-        sent = job.weights is not None  # else those in the model directory are meant
-        if self.child is None or self.child_has != (job.model_dir, sent):
-            self._spawn(job.model_dir, sent)
-        if sent:
-            torch.save(job.weights, self.weights_file)  # a tied head is written once; no lock is held while it writes
-            job.weights = None
-        name = re.sub(r"[^\w.-]+", "_", job.name) if job.step is None else f"step-{job.step:06d}"
-        self.connection.send({"save_to": str(self.out / "completions" / name)})
-        while not self.connection.poll(0.1):
-            waited, late = time.monotonic() - start, time.monotonic() > self.close_by
-            if late or (self.timeout is not None and waited > self.timeout):
-                self.cut_short |= late
-                return {"status": "timeout", "error": f"no answer in {waited:.0f} seconds, child killed"}
-        answer = self.connection.recv()
-        if sent:
-            os.truncate(self.weights_file, 0)  # the memory is free until the next snapshot
+    def _ask(self, job: dict) -> dict:
+        """The child's answer, or what became of it."""
+        if self.child is None or self.child.poll() is not None or self.model != job["model"]:
+            stop(self.child)
+            with open(self.out / "eval.log", "a") as log:
+                self.child = subprocess.Popen(
+                    [sys.executable, "-X", "faulthandler", self.script, "--serve", json.dumps(self.setup)],
+                    env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None if self.echo else log,
+                    bufsize=0, start_new_session=True,  # what it starts is killed with it, and Ctrl-C is ours to handle
+                )  # fmt: skip
+            self.model = job["model"]
+        late, answer = threading.Event(), None
+        timer = threading.Timer(self.timeout, lambda: (late.set(), stop(self.child)))
+        timer.start()
+        try:
+            self.child.stdin.write(json.dumps(job).encode() + b"\n")
+            lines = (x for x in self.child.stdout if x.startswith(b'{"status"') and x.endswith(b"\n"))
+            answer = json.loads(next(lines, "null"))  # other lines were printed before serve took over
+        except BrokenPipeError:
+            pass  # it died before it could read
+        finally:
+            timer.cancel()
+            timer.join()
+        if late.is_set() or (self.cut_short and answer is None):
+            return {"status": "timeout", "error": "no answer in time, child killed"}
+        if answer is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(5)
+            stop(self.child)
+            answer = {"status": "crashed", "error": f"exit code {self.child.returncode}, see {self.out}/eval.log"}
         return answer
 
-    def _spawn(self, model_dir: str, sent: bool) -> None:
-        self._kill()
-        self.connection, theirs = multiprocessing.Pipe()
-        with open(self.out / "eval.log", "a") as log:
-            output = None if self.echo else log
-            self.child = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", self.script, "--serve", str(theirs.fileno()), str(os.getpid())],
-                env=self.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                pass_fds=(theirs.fileno(), self.memory),
-                start_new_session=True,  # what it starts is killed with it, and Ctrl-C is ours to handle
-            )  # fmt: skip
-        theirs.close()  # so that its death closes the pipe
-        self.child_has = model_dir, sent
-        setup = {"model_dir": model_dir, "weights": self.weights_file if sent else None, "tasks": self.tasks}
-        setup |= {"device": self.device.split(":")[0], "options": asdict(self.options), "alone": self.echo}
-        self.connection.send(setup)
 
-    def _kill(self, grace: float = 0.0) -> int | None:
-        """End the child, if it does not end by itself in `grace` seconds, and what it started. Its exit code."""
-        child, self.child = self.child, None
-        if child is None:
-            return None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(grace)
+def stop(child: subprocess.Popen | None) -> None:
+    """End a process and what it started."""
+    if child is not None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        self.connection.close()
-        return child.wait()
+        child.wait()
 
 
-def snapshot(state_dict: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A copy on the CPU in the evaluation's dtype, without the prefixes of DDP and torch.compile, ties kept."""
-    weights, copies = {}, {}
-    for name, value in state_dict.items():
-        value = value.detach()
-        key = (value.data_ptr(), value.shape, value.stride())
-        if key not in copies:
-            kind = dtype if value.is_floating_point() else value.dtype
-            copies[key] = torch.empty(value.shape, dtype=kind, pin_memory=value.is_cuda)  # pinned: full bus speed
-            copies[key].copy_(value.to(kind), non_blocking=value.is_cuda)
-        weights[name.replace("_orig_mod.", "").removeprefix("module.")] = copies[key]
-    if any(copy.is_pinned() for copy in copies.values()):
-        torch.cuda.synchronize()
-    return weights
-
-
-def child_env(device: str, engine: str) -> dict[str, str]:
+def child_env(device: str) -> dict[str, str]:
     """The environment of the child: one GPU or none, and no trace of torchrun. Raises ValueError for a missing GPU."""
     torchrun = re.compile(r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)$")
     env = {name: value for name, value in os.environ.items() if not torchrun.match(name)}
-    if device.startswith("cpu"):
-        # idle OpenMP threads of vLLM spin: 45 times slower next to a busy process
-        quiet = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"} if engine == "vllm" else {}
-        return env | {"CUDA_VISIBLE_DEVICES": ""} | quiet
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")
-    index = torch.device(device).index or 0
-    if index >= len(gpus) or not gpus[index]:
-        raise ValueError(f"the evaluation device {device} does not exist: the GPUs here are {gpus}")
-    return env | {"CUDA_VISIBLE_DEVICES": gpus[index]}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "passive"}  # spinning beside a busy process: 40 times slower
+    if not device.startswith("cpu"):
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        index = torch.device(device).index or 0
+        if index >= len(gpus) or not gpus[index]:
+            raise ValueError(f"the evaluation device {device} does not exist: the GPUs here are {gpus}")
+        env["CUDA_VISIBLE_DEVICES"] = gpus[index]
+    return env
 
 
-def serve(pipe: int, parent: int) -> None:
-    """The child's side: a setup, then one answer per job, until the parent is gone or an exception is reported."""
+def serve(setup: str) -> None:
+    """The child's side: one answer per job, until the parent is gone or an exception was reported."""
+    setup, answers = json.loads(setup), os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever is printed from here on, also by libraries, goes to eval.log
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent, even while hanging
-    if os.getppid() != parent:  # it died before that call
+    if os.getppid() != setup["parent"]:  # it died before that call
         return
-    connection = multiprocessing.connection.Connection(pipe)
-    setup = connection.recv()
-    if setup["device"] == "cpu" and not setup["alone"]:
+    device, options, model = setup["device"], Options(**setup["options"]), None
+    if device == "cpu" and not setup["alone"]:
         os.nice(10)  # training goes first, ...
         with contextlib.suppress(OSError):  # ... also where Linux shares the cores among sessions before processes
             Path("/proc/self/autogroup").write_text("10")
-    loaded, options = None, Options(**setup["options"])
-    while True:
-        job = connection.recv()  # EOFError ends this process, as the parent's end is closed
+    for job in map(json.loads, sys.stdin):
+        name = re.sub(r"[^\w.-]+", "_", job["model"]) if job["step"] is None else f"step-{job['step']:06d}"
         try:
-            loaded = loaded or open_engine(setup["model_dir"], setup["device"], options, setup["weights"] is not None)
-            if setup["weights"]:
-                loaded[0].load(torch.load(setup["weights"], mmap=True))
-            results = evaluate(*loaded, setup["tasks"], job["save_to"], **asdict(options))
+            if model is None:
+                model, tokenizer = open_model(job["dir"], job["revision"], device, options)
+            else:
+                weights = gold_buffer.load_model(job["dir"], job["revision"], options.torch_dtype(device), "cpu")
+                model.load_weights(weights.state_dict(), job["step"] or 0)
+            save_to = f"{setup['out']}/completions/{name}"
+            answer = {
+                "status": "ok",
+                "results": evaluate(model, tokenizer, setup["tasks"], save_to, **setup["options"]),
+            }
         except Exception:
-            connection.send({"status": "error", "error": traceback.format_exc()})
+            print(json.dumps({"status": "error", "error": traceback.format_exc()}), file=answers)
             raise
-        connection.send({"status": "ok", "results": results})
+        print(json.dumps(answer), file=answers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -927,22 +835,20 @@ def serve(pipe: int, parent: int) -> None:
 
 def table(results: dict[str, dict]) -> str:
     """Markdown table of one task from {model: result}, in the layout of the published Countdown tables."""
-    found = dict.fromkeys(key for r in results.values() for key in r)  # in order, each once
-    percent = lambda r, key: f"{100 * r[key]:.2f} %" if key in r else "-"
-    if "accuracy" not in found:
-        names = [key for key in found if "perplexity" in key or "bits_per_byte" in key]
-        rows = [
-            [model, *(f"{r[k]:.4f}" if k in r else "-" for k in names), r["n"], r["tokens"]]
-            for model, r in results.items()
-        ]
-        return markdown([["model", *names, "rows", "tokens"], *rows])
-    classes = list(dict.fromkeys(c for r in results.values() for c in r["classes"] if c != "ok"))
-    rates = ["truncated", *(key for key in found if key.startswith(("accuracy_", "pass@")))]
-    rows = [["model", "correct", "accuracy", *classes, *rates]]
-    for model, r in results.items():
-        counts = [r["classes"].get(c, 0) for c in classes]
-        accuracy = f"{100 * r['accuracy']:.2f} ± {100 * r['se']:.2f} %"
-        rows.append([model, r["correct"], accuracy, *counts, *(percent(r, key) for key in rates)])
+    found = list(dict.fromkeys(key for r in results.values() for key in r))
+    if "accuracy" in found:
+        classes = list(dict.fromkeys(c for r in results.values() for c in r["classes"] if c != "ok"))
+        rates = ["truncated", *(key for key in found if key.startswith(("accuracy_", "pass@")))]
+        rows = [["model", "correct", "accuracy", *classes, *rates]]
+        for model, r in results.items():
+            shares = (f"{100 * r[key]:.2f} %" if key in r else "-" for key in rates)
+            score = f"{100 * r['accuracy']:.2f} ± {100 * r['se']:.2f} %"
+            rows.append([model, r["correct"], score, *(r["classes"].get(c, 0) for c in classes), *shares])
+    else:
+        names = [key for key in found if key.endswith(("perplexity", "bits_per_byte"))]
+        rows = [["model", *names, "rows", "tokens"]]
+        for model, r in results.items():
+            rows.append([model, *(f"{r[key]:.4f}" if key in r else "-" for key in names), r["n"], r["tokens"]])
     return markdown(rows)
 
 
@@ -994,10 +900,20 @@ def plot_classes(models: dict[str, dict[str, dict]], path: str | Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def append_jsonl(path: Path, row: dict) -> None:
+    """Add a line; what a killed run left of one becomes a line of its own first."""
+    with path.open("ab+") as file:
+        torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+
+
 def read_jsonl(path: Path) -> list[dict]:
-    """Its complete lines (a run that is still going may be writing one); none if there is no such file."""
-    *lines, _ = path.read_text().split("\n") if path.exists() else [""]
-    return [json.loads(line) for line in lines]
+    """Its lines, none if there is no such file. A line that is torn, as a kill leaves it, is no line."""
+    rows = []
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def read_run(folder: str | Path) -> dict[str, dict[int, float]]:
@@ -1027,21 +943,18 @@ def plot_runs(folders: Iterable[str | Path], path: str | Path, metric: str | Non
 
     runs = {str(folder): read_run(folder) for folder in folders}
     known = list(dict.fromkeys(name for run in runs.values() for name in run if "/" in name))
-    if metric and metric not in known:
-        raise ValueError(
-            f"there is no metric {metric!r} in these runs: {', '.join(known) or 'they have no evaluation'}"
-        )
-    main = (name for name in known if name.endswith(("/accuracy", "/bits_per_byte")))
+    if metric not in (None, *known):
+        raise ValueError(f"there is no metric {metric!r} in these runs, only: {', '.join(known) or 'no evaluation'}")
+    metric = metric or next((name for name in known if name.endswith(MAIN)), "accuracy")
     figure = Figure(figsize=(11, 7), layout="constrained")
-    for row, name in zip(figure.subplots(2, 2), ("loss", metric or next(main, "accuracy"))):
-        for axes, over in zip(row, ("steps", "tokens")):
-            for run_name, run in runs.items():
-                at = run["tokens"] if over == "tokens" else {step: step for step in run.get(name, {})}
-                points = [(at[step], value) for step, value in sorted(run.get(name, {}).items()) if step in at]
-                axes.plot(*np.array(points).reshape(-1, 2).T, "-" if name == "loss" else "-o", ms=3, label=run_name)
-            axes.set(xlabel=over, ylabel=name)
-            axes.grid(alpha=0.3)
-            axes.legend()
+    for axes, (name, over) in zip(figure.subplots(2, 2).flat, itertools.product(("loss", metric), ("steps", "tokens"))):
+        for run_name, run in runs.items():
+            at = run["tokens"] if over == "tokens" else {step: step for step in run.get(name, {})}
+            points = [(at[step], value) for step, value in sorted(run.get(name, {}).items()) if step in at]
+            axes.plot(*np.array(points).reshape(-1, 2).T, "-" if name == "loss" else "-o", ms=3, label=run_name)
+        axes.set(xlabel=over, ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(path, dpi=130)
 
 
@@ -1071,7 +984,7 @@ def main(config: Config) -> int:
     for model in config.model:  # a Hub id has at most one slash, in the middle
         if not Path(model).exists() and (model.count("/") > 1 or model[0] in "./~"):
             raise FileNotFoundError(f"there is no model directory {model}")
-    out = Path(config.out)
+    out, options = Path(config.out), asdict(config.scoring)
     if config.runs:
         out.mkdir(parents=True, exist_ok=True)
         plot_runs(config.runs, out / "runs.png", config.metric)
@@ -1079,12 +992,11 @@ def main(config: Config) -> int:
     if not config.model:
         return 0
     device = ("cuda:0" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    options = asdict(config.scoring)
-    evaluator = Evaluator("", config.tasks, out, device, timeout=config.timeout, echo=True, **options)
+    evaluator = Evaluator(config.tasks, out, device, timeout=config.timeout, echo=True, **options)
     short = [Path(model).name for model in config.model]
     names = short if len(set(short)) == len(short) else config.model
     for name, model in zip(names, config.model):
-        evaluator.submit_model(name, model)
+        evaluator.submit(None, model, model=name)
     evaluator.close()
     models = {record["model"]: record["results"] for record in evaluator.poll() if record["status"] == "ok"}
     print(text := report(models))
@@ -1097,7 +1009,7 @@ def main(config: Config) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        serve(*map(int, sys.argv[2:]))
+        serve(sys.argv[2])
     else:
         try:
             sys.exit(main(tyro.cli(Config)))

@@ -1,4 +1,4 @@
-"""Every divergence GOLD trains with: dense, fused, sparse, sharded and across tokenizers. Needs torch and nothing else.
+"""Every divergence GOLD trains with: dense, fused, sparse and across tokenizers. Needs torch and nothing else.
 
 Letters    N scored rows    V, U student and teacher vocabulary    H, D student and teacher hidden size    G spans
            E queries    M text offsets    O outcomes    P teacher law    Q student law    z logits
@@ -29,8 +29,8 @@ Letters    N scored rows    V, U student and teacher vocabulary    H, D student 
 
    is a probability of *text*: it means the same for every tokenizer. `prefix_loss` compares both models' laws of the
    next byte (and of the end of the text) given the text so far, which are ratios of such sums. The other losses compare
-   next-token laws where both models have a boundary (`bins_loss`), probabilities of whole spans (`alm_loss`) or sorted
-   probabilities (`uld_loss`); all three are biased, see README.
+   probabilities of whole spans (`alm_loss`) or sorted probabilities (`uld_loss`); both are biased (RESULTS, The known
+   optimum).
 
 Every loss returns a `Loss`: a *sum* with a gradient and the values it sums. Whoever calls divides.
 
@@ -43,11 +43,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 FLOOR = -1e3  # stands for log 0: exp() of it is exactly 0, and differences of it stay finite
+MASKED = -1e6  # stands for a logit of -inf: its log probability is below FLOOR
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # size of one (rows, vocabulary) buffer: 8 MB / 256 MB in float32
 
 
@@ -100,24 +100,6 @@ class Side:
 # divergence of two laws
 
 
-def _g(x: Tensor, a: float) -> Tensor:
-    """g_a(x) for 0 < a < 1, accurate for small a and small x; x beyond 80 only occurs with weight 0."""
-    return torch.log1p(a * torch.expm1(x.clamp(max=80.0))) / a
-
-
-def _terms(logp: Tensor, logq: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(terms of the scaled divergence, Q, Q h) entry by entry, from finite logs; h as in section 1 of the module."""
-    q, d, p = logq.exp(), logp - logq, logp.exp()
-    if beta == 0:
-        qh = q - p
-        return p * d + qh, q, qh
-    if beta == 1:
-        qh = -q * d
-        return p - q + qh, q, qh
-    qh = -q * _g(d, beta)
-    return qh - p * _g(-d, 1 - beta), q, qh
-
-
 def scale_factor(beta: float, scale: str) -> float:
     """Multiplier on the scaled divergence: 1 for "kl"; for "raw" beta (1 - beta) inside the interval and 1 at its ends.
 
@@ -139,7 +121,42 @@ def divergence(teacher_logp: Tensor, student_logp: Tensor, beta: float, scale: s
         scale: "kl" is divided by beta (1 - beta) and continuous in beta; "raw" is eq. 1 itself, TRL's values.
     Returns: terms >= 0 of the same shape; their sum over the partition is the divergence.
     """
-    return scale_factor(beta, scale) * _terms(teacher_logp.clamp_min(FLOOR), student_logp.clamp_min(FLOOR), beta)[0]
+    factor, logp, logq = scale_factor(beta, scale), teacher_logp.clamp_min(FLOOR), student_logp.clamp_min(FLOOR)
+    q, p, d = logq.exp(), logp.exp(), logp - logq
+    if beta == 0:
+        return factor * (p * d + q - p)
+    if beta == 1:
+        return factor * (p - q - q * d)
+
+    def g(x, a):  # accurate for small a and small x; x beyond 80 only occurs with weight 0
+        return torch.log1p(a * torch.expm1(x.clamp(max=80.0))) / a
+
+    return -factor * (p * g(-d, 1 - beta) + q * g(d, beta))
+
+
+def row_terms(logp: Tensor, logq: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor, float]:
+    """`divergence` at scale "kl" summed over the last dimension, with what its gradient is made of, in few passes.
+
+    Args: logp, logq (n, V) both logs, overwritten; q (n, V) = exp(logq).
+    Returns: values (n,); w (n, V) and a number a: the gradient at the logits is a (w - q sum_v w).
+    """
+    if beta == 0:
+        gone = logq.clamp_min_(FLOOR) <= FLOOR
+        d, p = torch.sub(logp, logq, out=logq), logp.exp_()
+        values = torch.linalg.vecdot(p, d)
+        w = torch.sub(q, p, out=p)
+        values += w.sum(-1)
+        return values, w.masked_fill_(gone, 0.0), 1.0
+    if beta == 1:
+        d = logq.sub_(logp.clamp_min_(FLOOR))
+        values = torch.sub(logp.exp_(), q, out=logp).sum(-1)
+        w = d.mul_(q)
+        return values.add_(w.sum(-1)), w, 1.0
+    d, p = torch.sub(logp, logq, out=logq).clamp_(max=80.0), logp.exp_()  # beyond 80 q is 0
+    w = torch.expm1(d).mul_(beta).log1p_()  # log M/Q
+    values = torch.linalg.vecdot(p, d.sub_(w)) / (1 - beta)  # d - w = log P/M
+    w.mul_(q)
+    return values.sub_(w.sum(-1) / beta), w, -1 / beta
 
 
 def jsd(
@@ -169,13 +186,18 @@ def _chunks(num_rows: int, head: Head, chunk: int | None) -> list[slice]:
 
 
 def _project(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
-    """Logits (n, V) of a chunk, float32 at least; `weight` is head.weight in the precision of hidden."""
+    """Logits (n, V) of a chunk, float32 at least; `weight` is head.weight in the precision of hidden.
+
+    An id that is masked by -inf is as good as masked by MASKED, and nothing after it meets 0 x inf.
+    """
     z = _wide(hidden @ weight.t())
     if head.bias is not None:
-        z = z + head.bias
+        z.add_(head.bias)
     if head.scale != 1.0:
-        z = z * head.scale
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+        z.mul_(head.scale)
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+    return z.clamp_min_(MASKED)
 
 
 class _HeadGradients:
@@ -188,21 +210,24 @@ class _HeadGradients:
         self.bias = torch.zeros_like(head.bias) if wanted[2] else None
 
     def slope(self, z: Tensor) -> Tensor | float:
-        """d z / d (h W + b), to be taken before anything overwrites z."""
-        return self.head.scale if self.head.softcap is None else self.head.scale * (1 - (z / self.head.softcap) ** 2)
+        """d z / d (h W + b), to be taken before anything overwrites z; 0 for masked ids."""
+        head = self.head
+        slope = head.scale if head.softcap is None else (z / head.softcap).square_().neg_().add_(1).mul_(head.scale)
+        return slope if head.bias is None else slope * (head.bias > -math.inf)
 
     def add(self, rows: slice, hidden: Tensor, dz: Tensor, slope: Tensor | float) -> None:
-        """Push dz (n, V), the gradient at the chunk's logits, through the head."""
-        dz = dz * slope
+        """Push dz (n, V), the gradient at the chunk's logits, through the head; overwrites dz."""
+        if isinstance(slope, Tensor) or slope != 1.0:
+            dz.mul_(slope)
         if self.bias is not None:
             self.bias += dz.sum(0)
-        dz = dz.to(hidden.dtype)
+        low, hidden = dz.to(hidden.dtype), hidden[rows]
         if self.hidden is not None:
-            self.hidden[rows] = dz @ self.compute_weight
-        if self.weight is not None and self.weight.dtype == dz.dtype:
-            self.weight.addmm_(dz.t(), hidden[rows])
+            self.hidden[rows] = low @ self.compute_weight
+        if self.weight is not None and self.weight.dtype == dz.dtype and (low is dz or not dz.is_cuda):
+            self.weight.addmm_(dz.t(), hidden.to(dz.dtype))  # no product of its own, not rounded to bf16
         elif self.weight is not None:
-            self.weight += dz.t() @ hidden[rows]
+            self.weight += low.t() @ hidden
 
 
 class _RowLoss(torch.autograd.Function):
@@ -234,19 +259,25 @@ class _RowLoss(torch.autograd.Function):
 
         for rows in _chunks(hidden.size(0), head, chunk) or [slice(0, 0)]:  # no rows: empty stats, not none
             one_chunk(rows)
-        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias, d_extra)
+        ctx.grads = (grads.hidden, grads.weight, grads.bias, d_extra)
         ctx.mark_non_differentiable(values)
         return values.sum(), values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_total, _):
-        return (None,) * 5 + tuple(None if g is None else g * d_total for g in ctx.saved_tensors)
+        if ctx.grads is None:
+            raise RuntimeError("a second backward pass through one loss: its gradients were handed over in the first")
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # retain_graph: there may be another pass
+            return (None,) * 5 + tuple(None if g is None else g * d_total for g in ctx.grads)
+        grads, ctx.grads = ctx.grads, None  # (V, H) is large: scaled in place, and the parameter takes it as it is
+        return (None,) * 5 + tuple(None if g is None else g.mul_(d_total) for g in grads)
 
 
-def _law_stats(logq: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
+def law_stats(logq: Tensor, ids: Tensor | None, q: Tensor | None = None) -> dict[str, Tensor]:
+    """Entropy (n,) of the laws with logs (n, V) and, if there are `ids` (n,), their log probability; `q`: the laws."""
     logq = logq.detach()
-    stats = {"entropy": -torch.linalg.vecdot(logq.exp(), logq)}
+    stats = {"entropy": -torch.linalg.vecdot(logq.exp() if q is None else q, logq)}
     return stats if ids is None else stats | {"logprob": logq.gather(1, ids[:, None])[:, 0]}
 
 
@@ -254,7 +285,7 @@ def _tempered(logq: Tensor, temperature: float) -> Tensor:
     return logq if temperature == 1.0 else F.log_softmax(logq / temperature, dim=-1)
 
 
-def _row_loss(
+def row_loss(
     row_fn: Callable,
     student: Side,
     teacher: Side | None = None,
@@ -262,6 +293,10 @@ def _row_loss(
     chunk: int | None = None,
     rows: Tensor | None = None,
 ) -> Loss:
+    """Sum over rows of a row-local loss, its gradient taken in the same pass, a chunk of rows at a time.
+
+    Args: row_fn as in `_RowLoss`, or `by_autograd(fn)`; extra (n, ..): more inputs with a gradient; rows: see `Loss`.
+    """
     stats: dict[str, Tensor] = {}
     head = student.head
     inputs = (student.hidden, head.weight, head.bias, extra)
@@ -269,8 +304,8 @@ def _row_loss(
     return Loss(total, values, stats, rows)
 
 
-def _by_autograd(fn: Callable) -> Callable:
-    """Row function for `_RowLoss` from fn(z, teacher_z, extra, rows) -> (values, stats), by autograd in the chunk."""
+def by_autograd(fn: Callable) -> Callable:
+    """Row function for `row_loss` from fn(z, teacher_z, extra, rows) -> (values, stats), by autograd in the chunk."""
 
     def row_fn(z, teacher_z, extra, rows, want_grad):
         with torch.set_grad_enabled(want_grad):
@@ -302,7 +337,7 @@ class _RowFeatures(torch.autograd.Function):
         for rows in ctx.chunks:
             logp = F.log_softmax(_project(hidden[rows], weight, head) / temperature, dim=-1)
             parts.append(feature_fn(logp, rows))
-            entropy.append(-(logp.exp() * logp).sum(-1))
+            entropy.append(-torch.linalg.vecdot(logp.exp(), logp))
         ctx.sizes = [[x.size(0) for x in part] for part in zip(*parts, strict=True)]
         entropy = torch.cat(entropy)
         ctx.mark_non_differentiable(entropy)
@@ -357,16 +392,21 @@ def fused_jsd(student: Side, teacher: Side, beta: float, scale: str = "kl", chun
     common = min(student.head.weight.size(0), teacher.head.weight.size(0))
 
     def row_fn(z, teacher_z, extra, rows, want_grad):
-        logq, logp = (x.sub_(x.logsumexp(-1, keepdim=True)) for x in (z, teacher_z.div_(teacher.temperature)))
-        stats = _law_stats(logq, None if student.ids is None else student.ids[rows])
-        terms, q, qh = _terms(logp, _tempered(logq, student.temperature), beta)
-        dz = None
+        if teacher.temperature != 1.0:
+            teacher_z.div_(teacher.temperature)
+        logq, logp = (x.sub_(x.logsumexp(-1, keepdim=True)) for x in (z, teacher_z))
+        q = logq.exp()
+        stats = law_stats(logq, None if student.ids is None else student.ids[rows], q)
+        if student.temperature != 1.0:
+            logq = _tempered(logq, student.temperature)
+            q = logq.exp()
+        values, w, a = row_terms(logp, logq, q, beta)
         if want_grad:
-            dz = qh.sub_(q.mul_(qh.sum(-1, keepdim=True))).mul_(factor / student.temperature)
-        return factor * terms.sum(-1), dz, None, stats
+            w.sub_(q.mul_(w.sum(-1, keepdim=True))).mul_(a * factor / student.temperature)
+        return values.mul_(factor), w if want_grad else None, None, stats
 
     sides = (replace(side, head=side.head.first(common)) for side in (student, teacher))
-    return _row_loss(row_fn, *sides, chunk=chunk)
+    return row_loss(row_fn, *sides, chunk=chunk)
 
 
 def fused_cross_entropy(student: Side, chunk: int | None = None) -> Loss:
@@ -375,11 +415,11 @@ def fused_cross_entropy(student: Side, chunk: int | None = None) -> Loss:
     def row_fn(z, teacher_z, extra, rows, want_grad):
         logq = F.log_softmax(z, dim=-1)
         ids = student.ids[rows, None]
-        stats = _law_stats(logq, student.ids[rows])
-        dz = logq.exp().scatter_add_(1, ids, torch.full_like(logq[:, :1], -1.0)) if want_grad else None
+        stats = law_stats(logq, student.ids[rows])
+        dz = logq.exp_().scatter_add_(1, ids, torch.full_like(logq[:, :1], -1.0)) if want_grad else None
         return -stats["logprob"], dz, None, stats
 
-    return _row_loss(row_fn, student, chunk=chunk)
+    return row_loss(row_fn, student, chunk=chunk)
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -387,19 +427,42 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
+def check_served(logprobs: Tensor, ids: Tensor | None = None) -> None:
+    """Raises ValueError if log probabilities (N, k) of distinct `ids` (N, k) cannot be those of a law."""
+    if logprobs.size(1) == 0:
+        raise ValueError("the teacher's server tells the top 0 tokens: ask it for at least 1")
+    wrong = {
+        "that are NaN": logprobs.isnan(),
+        "above 0": logprobs > 1e-3,
+        "of a total mass above 1": logprobs.double().exp().sum(1, keepdim=True) > 1 + 1e-2,
+    }
+    if ids is not None:
+        ordered = ids.sort(1).values
+        wrong["of one token twice"] = ordered[:, 1:] == ordered[:, :-1]
+    for what, where in wrong.items():
+        if where.any():
+            row = int(where.any(1).nonzero()[0, 0])
+            found = f"{[round(x, 4) for x in logprobs[row].tolist()[:8]]}" + (
+                "" if ids is None else f" of {ids[row].tolist()[:8]}"
+            )
+            raise ValueError(f"the teacher's server answers with log probabilities {what}: {found} in row {row}")
+
+
 def topk_jsd(
     student_logits: Tensor, ids: Tensor, teacher_logprobs: Tensor, beta: float, scale: str = "kl"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Generalized JSD over k named tokens and one bucket for all others: what a served teacher can tell.
 
-    The coarsening of both laws to k + 1 outcomes, so a lower bound of `jsd`, and never a renormalised top-k: that has
-    gradient cosine 0.49 to the true reverse KL at k = 8 (README, "what others get wrong").
+    The coarsening of both laws to k + 1 outcomes, so a lower bound of `jsd`, and never a renormalised top-k: that says
+    nothing about what the student puts on all other tokens.
 
     Args: student_logits (N, V); ids (N, k), distinct within a row; teacher_logprobs (N, k) of those ids.
     Returns: (N,) values and {"teacher_mass", "student_mass"}: (N,) probability on the named tokens.
+    Raises ValueError for k = 0 and what is no law, see `check_served`.
     """
-    logq = F.log_softmax(_wide(student_logits), dim=-1).gather(1, ids)
-    logp = teacher_logprobs.to(logq.dtype)
+    check_served(teacher_logprobs, ids)
+    logq = F.log_softmax(_wide(student_logits), dim=-1).gather(1, ids).clamp_min(FLOOR)
+    logp = teacher_logprobs.to(logq.dtype).clamp_min(FLOOR)
     log_mass_q, log_mass_p = logq.logsumexp(-1), logp.logsumexp(-1)
     tail_q, tail_p = (_log1mexp(m.clamp(max=-1e-7))[:, None] for m in (log_mass_q, log_mass_p))
     terms = divergence(torch.cat([logp, tail_p], 1), torch.cat([logq, tail_q], 1), beta, scale)
@@ -414,127 +477,20 @@ def fused_topk_jsd(
     def fn(z, teacher_z, extra, rows):
         logq = F.log_softmax(z, dim=-1)
         values, stats = topk_jsd(logq / student.temperature, ids[rows], teacher_logprobs[rows], beta, scale)
-        return values, stats | _law_stats(logq, None if student.ids is None else student.ids[rows])
+        return values, stats | law_stats(logq, None if student.ids is None else student.ids[rows])
 
-    return _row_loss(_by_autograd(fn), student, chunk=chunk)
-
-
-def student_topk_jsd(
-    student_logits: Tensor, teacher_logits: Tensor, k: int, beta: float, scale: str = "kl"
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`topk_jsd` on the *student's* k likeliest tokens: the right support for reverse KL (beta near 1).
-
-    Needs the teacher's probabilities at ids that the student names, which a local teacher has.
-    """
-    ids = student_logits.detach().topk(k, dim=-1).indices
-    return topk_jsd(student_logits, ids, F.log_softmax(_wide(teacher_logits), dim=-1).gather(1, ids), beta, scale)
-
-
-class _VocabParallelJSD(torch.autograd.Function):
-    """Each rank holds a shard of every row's logits; three small all-reduces make the rows whole."""
-
-    @staticmethod
-    def forward(ctx, student_logits, teacher_logits, beta, temperature, factor, group):
-        def log_softmax(z):
-            z = _wide(z) / temperature
-            top = z.amax(-1)
-            dist.all_reduce(top, dist.ReduceOp.MAX, group)
-            z = z - top[:, None]
-            total = z.exp().sum(-1)
-            dist.all_reduce(total, dist.ReduceOp.SUM, group)
-            return z - total.log()[:, None]
-
-        terms, q, qh = _terms(log_softmax(teacher_logits), log_softmax(student_logits), beta)
-        sums = torch.stack([terms.sum(-1), qh.sum(-1)])
-        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-        ctx.save_for_backward((qh - q * sums[1][:, None]) * (factor / temperature))
-        return factor * sums[0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_values):
-        return (ctx.saved_tensors[0] * d_values[:, None],) + (None,) * 5
-
-
-def vocab_parallel_jsd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    beta: float,
-    temperature: float = 1.0,
-    scale: str = "kl",
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """`jsd` when each rank of `group` holds (N, V / ranks) logits of the same rows.
-
-    Returns: (N,) the full value on every rank. The gradient of each rank's shard is that of the whole row, if every
-    rank backpropagates the same gradient of the values.
-    """
-    return _VocabParallelJSD.apply(student_logits, teacher_logits, beta, temperature, scale_factor(beta, scale), group)
+    return row_loss(by_autograd(fn), student, chunk=chunk)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # two vocabularies: spans
 
 
-def _span_ends(span: Tensor) -> tuple[Tensor, Tensor]:
+def span_ends(span: Tensor) -> tuple[Tensor, Tensor]:
     """First and last row (G,), (G,) of each span; spans are numbered 0..G-1 in row order, -1 is no span."""
     rows = (span >= 0).nonzero()[:, 0]
     inside, none = span[rows], span.new_full((1,), -1)
     return rows[torch.cat([none, inside])[:-1] != inside], rows[torch.cat([inside, none])[1:] != inside]
-
-
-def _span_logprobs(side: Side, num_spans: int, wanted: Tensor, chunk: int | None) -> Tensor:
-    """Chain-rule log probability (G,) of the wanted spans' own tokens, 0 for the others; gradient for both tensors."""
-    rows = ((side.span >= 0) & wanted[side.span.clamp_min(0)]).nonzero()[:, 0] if num_spans else side.span.new_zeros(0)
-    logp, _ = token_logprobs(side.at(rows), chunk)
-    return logp.new_zeros(num_spans).index_add(0, side.span[rows], logp)
-
-
-def bins_loss(
-    student: Side,
-    teacher: Side,
-    student_bin: Tensor,
-    teacher_bin: Tensor,
-    num_bins: int,
-    beta: float,
-    scale: str = "kl",
-    chunk: int | None = None,
-) -> Loss:
-    """JSD of both next-token laws, coarsened to shared byte bins, at the start of every span.
-
-    Below the bins one more outcome, "exactly this span", carries the chain-rule probability of the span's tokens; it is
-    taken out of the first token's bin. Spans whose bins hold one token on both sides need none, so for identical
-    vocabularies this is `jsd`.
-
-    Args: student_bin (V,), teacher_bin (U,): bin of each token id (gold_data.shared_bins).
-    Returns: Loss with values (G,).
-    """
-    (first_s, last_s), (first_t, last_t) = _span_ends(student.span), _span_ends(teacher.span)
-    num_spans = first_s.numel()
-    most = torch.maximum(*(torch.bincount(bins, minlength=num_bins) for bins in (student_bin, teacher_bin)))
-    crowded = most > 1
-    bin_s, bin_t = student_bin[student.ids[first_s]], teacher_bin[teacher.ids[first_t]]
-    wanted = (first_s < last_s) | (first_t < last_t) | crowded[bin_s] | crowded[bin_t]
-    span_s = _span_logprobs(student, num_spans, wanted, chunk)
-    with torch.no_grad():
-        span_t = _span_logprobs(teacher, num_spans, wanted, chunk)
-
-    def coarse(logs, bins, span_logp, own_bin, wanted):
-        law = logs.exp()
-        law = law.new_zeros(law.size(0), num_bins).scatter_add(1, bins.expand_as(law), law)
-        span_p = torch.where(wanted, span_logp.exp(), 0.0).to(law.dtype)[:, None]
-        law = law.scatter_add(1, own_bin[:, None], -span_p).clamp_min(0.0)
-        return torch.cat([law, span_p], 1).clamp_min(1e-30).log()
-
-    def fn(z, teacher_z, extra, rows):
-        logz = F.log_softmax(z, dim=-1)
-        logy = F.log_softmax(teacher_z / teacher.temperature, dim=-1)
-        logq = coarse(_tempered(logz, student.temperature), student_bin, extra[:, 0], bin_s[rows], wanted[rows])
-        logp = coarse(logy, teacher_bin, extra[:, 1].detach(), bin_t[rows], wanted[rows])
-        return divergence(logp, logq, beta, scale).sum(-1), _law_stats(logz, student.ids[first_s[rows]])
-
-    extra = torch.stack([span_s, span_t], 1)
-    return _row_loss(_by_autograd(fn), student.at(first_s), teacher.at(first_t), extra, chunk, first_s)
 
 
 def alm_loss(student: Side, teacher_logprobs: Tensor, teacher_span: Tensor, chunk: int | None = None) -> Loss:
@@ -571,39 +527,31 @@ def uld_loss(
     beta: float = 0.5,
     scale: str = "kl",
     chunk: int | None = None,
-    trl: str | None = None,
 ) -> Loss:
     """Universal Logit Distillation (Boizard et al. 2024, arXiv 2402.12030): L1 between sorted laws, for comparison.
 
     A span of several tokens is the law at its last token times the chain-rule probability of the tokens before, so that
     a span of one token is untouched. With `match`, the hybrid of GOLD: `divergence` on matched tokens, sorted L1 on the
-    rest. Both are biased: the minimum is not the teacher (README, "the known optimum").
+    rest. Both are biased: the minimum is not the teacher (RESULTS, The known optimum).
 
     Args:
         match: ids (K,), (K,) of the same K byte strings in student and teacher vocabulary; None compares sorted laws.
         weights: of the matched and the unmatched part; None is TRL's (K / U, 1 - K / U).
-        trl: None is the above. "bayesian" and "observed" reproduce TRL 1.16's two merge strategies where they differ
-            from it: probabilities clamped at 1e-8, terms without normalisation (they can be negative), raw scale, and
-            for "observed" every law read one position late. Then the last token of each completion must not be in a
-            span, as TRL skips it, and TRL's value is the mean over rows of the mean over their spans.
     Returns: Loss with values (G,) and more stats {"matched", "unmatched"} per span.
     """
-    late = 1 if trl == "observed" else 0
-    (first_s, last_s), (first_t, last_t) = _span_ends(student.span), _span_ends(teacher.span)
-    base_s, base_t = (first_s + 1, first_t + 1) if late else (last_s, last_t)
-    match_s, match_t = match or (first_s[:0], first_t[:0])
+    last_s, last_t = span_ends(student.span)[1], span_ends(teacher.span)[1]
+    match_s, match_t = match or (last_s[:0], last_t[:0])
     rest_s, rest_t = _unmatched(student, match_s), _unmatched(teacher, match_t)
     share = match_t.numel() / teacher.head.weight.size(0)
     matched_weight, rest_weight = weights or (share, 1 - share)
 
-    def others(side: Side, base: Tensor) -> Tensor:
-        """Log probability (G,) of the span's tokens other than the one whose whole law is compared."""
+    def before(side: Side, last: Tensor) -> Tensor:
+        """Log probability (G,) of the span's tokens before the one whose whole law is compared."""
         keep = side.span >= 0
-        keep[base - late] = False
+        keep[last] = False
         rows = keep.nonzero()[:, 0]
-        logp, _ = token_logprobs(replace(side.at(rows), hidden=side.hidden[rows + late]), chunk)
-        logp = logp.clamp_min(math.log(1e-8)) if trl else logp
-        return logp.new_zeros(base.numel()).index_add(0, side.span[rows], logp)
+        logp, _ = token_logprobs(side.at(rows), chunk)
+        return logp.new_zeros(last.numel()).index_add(0, side.span[rows], logp)
 
     def sorted_l1(q: Tensor, p: Tensor) -> Tensor:
         if q.size(1) == 0 or p.size(1) == 0:
@@ -617,17 +565,16 @@ def uld_loss(
         logz = F.log_softmax(z, dim=-1)
         logq = _tempered(logz, student.temperature) + extra[:, :1]
         logp = F.log_softmax(teacher_z / teacher.temperature, dim=-1) + extra[:, 1:].detach()
-        part_q, part_p = logq[:, match_s], logp[:, match_t]
-        matched = (_trl_terms(part_p, part_q, beta) if trl else divergence(part_p, part_q, beta, scale)).sum(-1)
+        matched = divergence(logp[:, match_t], logq[:, match_s], beta, scale).sum(-1)
         unmatched = sorted_l1(logq[:, rest_s].exp(), logp[:, rest_t].exp())
-        stats = _law_stats(logz, student.ids[base_s[rows]]) | {"matched": matched, "unmatched": unmatched}
+        stats = law_stats(logz, student.ids[last_s[rows]]) | {"matched": matched, "unmatched": unmatched}
         return matched_weight * matched + rest_weight * unmatched, stats
 
-    others_s = others(student, base_s)
+    before_s = before(student, last_s)
     with torch.no_grad():
-        others_t = others(teacher, base_t)
-    extra = torch.stack([others_s, others_t], 1)
-    return _row_loss(_by_autograd(fn), student.at(base_s), teacher.at(base_t), extra, chunk, base_s)
+        before_t = before(teacher, last_t)
+    extra = torch.stack([before_s, before_t], 1)
+    return row_loss(by_autograd(fn), student.at(last_s), teacher.at(last_t), extra, chunk, last_s)
 
 
 def _unmatched(side: Side, matched: Tensor) -> Tensor:
@@ -635,17 +582,6 @@ def _unmatched(side: Side, matched: Tensor) -> Tensor:
     rest = torch.ones(side.head.weight.size(0), dtype=torch.bool, device=matched.device)
     rest[matched] = False
     return rest.nonzero()[:, 0]
-
-
-def _trl_terms(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
-    """TRL 1.16's matched part: eq. 1 on parts of laws, as if they were laws."""
-    logp, logq = (x.exp().clamp_min(1e-8).log() for x in (logp, logq))
-    if beta == 0:
-        return logp.exp() * (logp - logq)
-    if beta == 1:
-        return logq.exp() * (logq - logp)
-    logm = torch.logaddexp(logq + math.log1p(-beta), logp + math.log(beta))
-    return beta * logp.exp() * (logp - logm) + (1 - beta) * logq.exp() * (logq - logm)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

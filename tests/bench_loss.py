@@ -25,8 +25,9 @@ from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("tests", ".", "forks")]
 
+import bins_loss  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from known_optimum import LetterVocabulary  # noqa: E402
@@ -177,7 +178,7 @@ def prefix(x: Inputs) -> torch.Tensor:
 
 
 def bins(x: Inputs) -> torch.Tensor:
-    return gold_loss.bins_loss(*x.sides(), *x.bins, BETA).total
+    return bins_loss.bins_loss(*x.sides(), *x.bins, BETA).total
 
 
 def alm(x: Inputs) -> torch.Tensor:

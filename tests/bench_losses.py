@@ -28,10 +28,13 @@ from pydoc_data.topics import topics
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "forks"))
 
+import bins_loss  # noqa: F401  its losses enter the trainer
 import numpy as np
 import torch
 
+import gold_buffer
 import gold_data
 import gold_eval
 import gold_train
@@ -166,13 +169,13 @@ def score(out: Path, folder: Path) -> dict[str, float]:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     result = gold_eval.evaluate(model, tokenizer, ("countdown-mini",), max_samples=300, max_new_tokens=72)
     scores = {"accuracy": result["countdown-mini"]["accuracy"]}
-    engine = gold_eval.HFEngine(model, gold_eval.Options())
+    sampler = gold_buffer.HFSampler(model)
     vocabulary = gold_data.Vocabulary(tokenizer, gold_data.end_ids(tokenizer), len(tokenizer))
     for kind in ("prose", "puzzles"):
         rows = [gold_data.to_row(json.loads(x)) for x in (out / f"heldout_{kind}.jsonl").read_text().splitlines()]
         answers = [list(vocabulary.encode(row.completion.encode())[0]) + [vocabulary.ends[0]] for row in rows]
         prompts = [gold_data.encode_prompt(tokenizer, row.prompt) for row in rows]
-        logprobs = engine.score([p + a for p, a in zip(prompts, answers)])
+        logprobs = sampler.score([p + a for p, a in zip(prompts, answers)])
         nats = -sum(float(x[-len(a) :].sum()) for x, a in zip(logprobs, answers))
         scores[kind] = nats / sum(len(row.completion.encode()) for row in rows) / math.log(2)
     return scores

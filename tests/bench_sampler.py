@@ -49,12 +49,12 @@ def fastest(functions: dict, repeats: int = 5) -> dict[object, float]:
     return best
 
 
-def speeds(sampler) -> dict[int, float]:
+def speeds(sampler, sampling: Sampling) -> dict[int, float]:
     """Tokens per second by window size; every completion has NEW tokens. A window of 1 is timed as 16 calls."""
     requests = [Request([(7 * i + j) % 500 + 5 for j in range(PROMPT)], i) for i in range(max(WINDOWS))]
     calls = {n: [[r] for r in requests[:16]] if n == 1 else [requests[:n]] for n in WINDOWS}
-    sampler.generate(requests[:1])
-    times = fastest({n: lambda n=n: [sampler.generate(call) for call in calls[n]] for n in WINDOWS})
+    sampler.generate(requests[:1], sampling)
+    times = fastest({n: lambda n=n: [sampler.generate(call, sampling) for call in calls[n]] for n in WINDOWS})
     return {n: sum(map(len, calls[n])) * NEW / times[n] for n in WINDOWS}
 
 
@@ -87,10 +87,10 @@ def main() -> None:
         model = save(student, conftest.byte_level(), args.hidden, args.layers, 0).to(device)
         save(teacher, conftest.byte_level(), args.hidden, args.layers, 1)
         sampling = Sampling(NEW, 1.0)  # no end: all completions are equally long
-        samplers = {"hf": lambda: HFSampler(model, sampling, dtype=dtype)}
+        samplers = {"hf": lambda: HFSampler(model, dtype=dtype)}
         if importlib.util.find_spec("vllm"):
             samplers["vllm"] = lambda: VLLMSampler(
-                str(student), sampling, 256, str(dtype)[6:], MEMORY, enforce_eager=device == "cpu"
+                str(student), 256, str(dtype)[6:], MEMORY, enforce_eager=device == "cpu"
             )
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"\n{parameters:.1f} M parameters, {PROMPT} + {NEW} tokens, {device}; tokens/s by prompts in a window\n")
@@ -100,7 +100,7 @@ def main() -> None:
             sampler = start()
             sampler.load_weights(model.state_dict(), 0)
             sync = fastest({0: lambda: sampler.load_weights(model.state_dict(), 1)})[0]  # noqa: B023
-            found = speeds(sampler)
+            found = speeds(sampler, sampling)
             cells = [f"{found[n]:,.0f}" for n in WINDOWS] + [f"{found[16] / found[1]:.1f}x", f"{1000 * sync:.1f}"]
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
             sampler.close()

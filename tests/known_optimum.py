@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "forks"))
 
+import bins_loss
 import numpy as np
 import torch
 
@@ -178,7 +180,7 @@ class Problem:
         else:
             loss = 0.0
             if "bins" in name:
-                loss = loss + gold_loss.bins_loss(student, teacher, *self.bins, beta=beta).total
+                loss = loss + bins_loss.bins_loss(student, teacher, *self.bins, beta=beta).total
             if "alm" in name:
                 loss = loss + gold_loss.alm_loss(student, self.teacher_logprobs, teacher.span).total
         return loss / len(batch.student_targets)

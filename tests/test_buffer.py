@@ -120,7 +120,7 @@ REQUESTS = [
 def test_samples_equal_a_plain_loop_token_for_token(how):
     model = conftest.tiny_qwen(120).double()
     s = Sampling(12, end_ids=tuple(range(10)), **how)
-    got = gold_buffer.HFSampler(model, s).generate(REQUESTS)
+    got = gold_buffer.HFSampler(model).generate(REQUESTS, s)
     finished = set()
     for request, rollout in zip(REQUESTS, got):
         ids, logprobs = sample_plainly(model, request, s)
@@ -133,21 +133,50 @@ def test_samples_equal_a_plain_loop_token_for_token(how):
 
 def test_rollouts_do_not_depend_on_the_window_they_are_made_in():
     model = conftest.tiny_llama(120)
-    s = Sampling(16, end_ids=(3, 4))
-    whole = gold_buffer.HFSampler(model, s).generate(REQUESTS)
-    apart = [gold_buffer.HFSampler(model, s).generate([r])[0] for r in REQUESTS]
-    small = gold_buffer.HFSampler(model, s, max_batch_tokens=80).generate(REQUESTS[::-1])[::-1]
+    s, sampler = Sampling(16, end_ids=(3, 4)), gold_buffer.HFSampler(model)
+    whole = sampler.generate(REQUESTS, s)
+    apart = [sampler.generate([r], s)[0] for r in REQUESTS]
+    small = gold_buffer.HFSampler(model, max_batch_tokens=80).generate(REQUESTS[::-1], s)[::-1]
     for a, b, c in zip(whole, apart, small):
         assert a.completion_ids == b.completion_ids == c.completion_ids
         assert np.abs(np.subtract(a.logprobs, b.logprobs)).max() < 1e-5
-    again = gold_buffer.HFSampler(model, s).generate([Request(r.prompt_ids, r.seed + 1) for r in REQUESTS])
+    again = sampler.generate([Request(r.prompt_ids, r.seed + 1) for r in REQUESTS], s)
     assert [r.completion_ids for r in again] != [r.completion_ids for r in whole]
+
+
+def test_a_completion_ends_at_the_models_last_position_whatever_it_is_decoded_with():
+    model, s = conftest.tiny_qwen(120), Sampling(16, end_ids=(3,))
+    free = gold_buffer.HFSampler(model).generate(REQUESTS, s)
+    for limit in (44, 41):
+        cut = gold_buffer.HFSampler(model, limit=limit).generate(REQUESTS, s)
+        for request, a, b in zip(REQUESTS, free, cut):
+            room = min(16, limit - len(request.prompt_ids))
+            assert b.completion_ids == a.completion_ids[:room]
+            assert b.finished == (b.completion_ids[-1] == 3)
+    model.config.max_position_embeddings = 30
+    assert gold_buffer.HFSampler(model).limit == gold_buffer.HFSampler(model, limit=99).limit == 30
+    assert gold_buffer.HFSampler(model, limit=9).limit == 9
+
+
+@torch.no_grad()
+def test_scores_are_the_log_probabilities_of_a_plain_pass_whatever_the_batches_are():
+    model = conftest.tiny_llama(120).double()
+    sequences = [r.prompt_ids + [7] for r in REQUESTS]
+    for size in (1, 60, 2**17):
+        for ids, found in zip(sequences, gold_buffer.HFSampler(model, max_batch_tokens=size).score(sequences)):
+            logp = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            expected = logp.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+            assert found.dtype == np.float64 and np.abs(found - expected).max() < 1e-5
+    rollouts = gold_buffer.HFSampler(model).generate(REQUESTS, Sampling(9))
+    scores = gold_buffer.HFSampler(model).score([q.prompt_ids + r.completion_ids for q, r in zip(REQUESTS, rollouts)])
+    for found, r in zip(scores, rollouts):
+        assert np.abs(found[-9:] - r.logprobs).max() < 1e-4, "what is sampled is scored the same"
 
 
 def test_the_sampler_leaves_the_model_in_training_and_its_own_copy_stays_behind():
     model = conftest.tiny_qwen(120).train()
-    shared, own = gold_buffer.HFSampler(model, Sampling(8)), gold_buffer.HFSampler(model, Sampling(8), own_copy=True)
-    ids = lambda sampler: [rollout.completion_ids for rollout in sampler.generate(REQUESTS)]
+    shared, own = gold_buffer.HFSampler(model), gold_buffer.HFSampler(copy.deepcopy(model), own=True)
+    ids = lambda sampler: [rollout.completion_ids for rollout in sampler.generate(REQUESTS, Sampling(8))]
     before = ids(own)
     assert ids(shared) == before and model.training
     with torch.no_grad():
@@ -155,7 +184,10 @@ def test_the_sampler_leaves_the_model_in_training_and_its_own_copy_stays_behind(
             p.add_(0.3 * torch.randn_like(p))
     assert ids(own) == before and ids(shared) != before
     own.load_weights(model.state_dict(), 7)
-    assert ids(own) == ids(shared) and own.generate(REQUESTS)[0].version == 7
+    assert ids(own) == ids(shared) and own.generate(REQUESTS, Sampling(1))[0].version == 7
+    with pytest.raises(IndexError):
+        shared.generate([Request([500], 0)], Sampling(1))  # no such token
+    assert model.training, "also after a failure"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -174,7 +206,8 @@ class FakeSampler:
         self.weight = float(weights["w"])
         self.version = version
 
-    def generate(self, requests):
+    def generate(self, requests, sampling):
+        assert sampling == Sampling(16)
         if self.gate is not None:
             assert self.gate.wait(20)
         if len(self.calls) == self.fails_at:
@@ -198,7 +231,7 @@ def make_buffer(sampler, lag=0, lmbda=0.5, steps=7, slots=4, generations=2, weig
     encoder = gold_buffer.Encoder(VOCABULARY, teacher, 16, cross, cross)
     weights = {"w": torch.zeros(())} if weights is None else weights
     return gold_buffer.WindowBuffer(
-        Schedule(1, lmbda, slots, generations), gold_buffer.RowStream(rows_of(9), 1), encoder, sampler,
+        Schedule(1, lmbda, slots, generations), gold_buffer.RowStream(rows_of(9), 1), encoder, sampler, Sampling(16),
         lambda: weights, steps, lag, answers,
     )  # fmt: skip
 

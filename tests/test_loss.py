@@ -5,11 +5,14 @@ pytest tests/test_loss.py
 
 import math
 
+import bins_loss
 import pytest
 import reference
 import torch
+import vocab_parallel
 from conftest import byte_level, metaspace
 from torch.autograd import gradcheck
+from trl_uld import trl_uld
 
 import gold_data
 import gold_loss
@@ -289,33 +292,15 @@ def test_reverse_kl_wants_the_students_top_k():
     exact = direction(lambda s: gold_loss.jsd(s, t, 1.0))
     top = t.log_softmax(-1).topk(8)
     teachers = direction(lambda s: gold_loss.topk_jsd(s, top.indices, top.values, 1.0)[0])
-    students = direction(lambda s: gold_loss.student_topk_jsd(s, t, 8, 1.0)[0])
+    ids = z.topk(8).indices
+    students = direction(lambda s: gold_loss.topk_jsd(s, ids, t.log_softmax(-1).gather(1, ids), 1.0)[0])
     cosine = [torch.cosine_similarity(g, exact, dim=-1).mean().item() for g in (students, teachers)]
     assert cosine[0] > 0.9 > cosine[1]
 
 
-def _shards(rank, world, path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    s, t = logits(6, 16), logits(6, 16, seed=1)
-    t[:, 0] = 3.0  # a likely id 0: shards that mistake foreign ids for their first row show it here
-    part = slice(rank * 16 // world, (rank + 1) * 16 // world)
-    for beta in BETAS:
-        for scale in ("kl", "raw"):
-            dense, mine = s.clone().requires_grad_(), s[:, part].clone().requires_grad_()
-            expected = gold_loss.jsd(dense, t, beta, 0.7, scale)
-            got = gold_loss.vocab_parallel_jsd(mine, t[:, part], beta, 0.7, scale)
-            weights = torch.arange(1.0, 7.0, dtype=torch.float64)
-            (expected * weights).sum().backward()
-            (got * weights).sum().backward()
-            assert torch.allclose(got, expected, rtol=1e-10) and torch.allclose(
-                mine.grad, dense.grad[:, part], atol=1e-12
-            )
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("world", [2, 4])
 def test_vocab_parallel_jsd_equals_dense_on_gloo_ranks(world, tmp_path):
-    torch.multiprocessing.spawn(_shards, (world, tmp_path / "store"), nprocs=world)
+    torch.multiprocessing.spawn(vocab_parallel.check, (world, str(tmp_path / "store")), nprocs=world)
 
 
 # ---------------------------------------------------------------------------------------------- across tokenizers
@@ -384,7 +369,7 @@ def run(name, batch, s, t, beta=0.5, chunk=None, student=STUDENT, teacher=TEACHE
         q = queries_of(batch, student, teacher)
         return gold_loss.prefix_loss(a, b, *q, batch.offset, len(batch.offset_sample), beta, chunk=chunk)
     if name == "bins":
-        return gold_loss.bins_loss(a, b, *bins_of(student, teacher), beta, chunk=chunk)
+        return bins_loss.bins_loss(a, b, *bins_of(student, teacher), beta, chunk=chunk)
     if name == "alm":
         return gold_loss.alm_loss(a, gold_loss.token_logprobs(b)[0].detach(), b.span, chunk)
     match = tuple(map(torch.tensor, gold_data.shared_ids(Fake(student), Fake(teacher))))
@@ -534,7 +519,7 @@ def test_tokens_outside_every_span_have_no_gradient(name):
     teacher = as_side(t, batch.teacher_targets, batch.teacher_span)
     match = tuple(map(torch.tensor, gold_data.shared_ids(Fake(STUDENT), Fake(TEACHER))))
     loss = {
-        "bins": lambda: gold_loss.bins_loss(extra, teacher, *bins_of(), 0.5),
+        "bins": lambda: bins_loss.bins_loss(extra, teacher, *bins_of(), 0.5),
         "alm": lambda: gold_loss.alm_loss(extra, gold_loss.token_logprobs(teacher)[0], teacher.span),
         "uld": lambda: gold_loss.uld_loss(extra, teacher),
         "hybrid": lambda: gold_loss.uld_loss(extra, teacher, match),
@@ -615,7 +600,7 @@ def wave(n, v, a, b):
 
 
 @pytest.mark.parametrize("case", TRL, ids=str)
-def test_the_compatibility_switch_reproduces_trl(case):
+def test_the_dense_form_of_trls_loss_has_trls_numbers_and_the_sorted_part_is_ours(case):
     merge, hybrid, weights, beta = case
 
     def side(length, a, b, vocabulary, texts):
@@ -636,13 +621,15 @@ def test_the_compatibility_switch_reproduces_trl(case):
     both = sorted(set(TRL_STUDENT) & set(TRL_TEACHER), key=TRL_TEACHER.index)
     match = tuple(torch.tensor([v.index(x) for x in both]) for v in (TRL_STUDENT, TRL_TEACHER)) if hybrid else None
     z = s[0].requires_grad_()
-    loss = gold_loss.uld_loss(as_side(z, *s[1:]), as_side(*t), match, weights, beta, trl=merge)
-    per_sample = loss.values.view(2, 2).mean(1).mean()  # two spans in each of two rows
-    (grad,) = torch.autograd.grad(loss.total / 4, z)
+    values = trl_uld((z, *s[1:]), t, match, weights, beta, merge)
+    (grad,) = torch.autograd.grad(values.sum() / 4, z)
+    per_sample = values.view(2, 2).mean(1).mean()  # two spans in each of two rows
     expected = TRL[case]
     assert math.isclose(per_sample.item(), expected[0], rel_tol=1e-9)
     assert math.isclose(grad.abs().sum().item(), expected[1], rel_tol=1e-9)
     assert math.isclose((grad * z).sum().item(), expected[2], rel_tol=1e-9, abs_tol=1e-12)
+    if merge == "bayesian" and not hybrid:
+        assert torch.allclose(gold_loss.uld_loss(as_side(z, *s[1:]), as_side(*t)).values, values, rtol=1e-9)
 
 
 def test_raw_jsd_reproduces_trl():

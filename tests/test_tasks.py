@@ -316,6 +316,135 @@ def test_the_table_has_the_layout_of_the_reference_and_its_lines_sum_to_n():
 # ---- mathematics
 
 
+FORMS = [  # (how a number may be written at the end of an answer, its value; None: no number)
+    ("72", 72),
+    ("72.", 72),
+    ("72.0", 72),
+    ("072", 72),
+    ("**72**", 72),
+    ("72!", 72),
+    ("(72)", 72),
+    ("n=72", 72),
+    # thousands
+    ("1,234", 1234),
+    ("1,234,567.5", 1234567.5),
+    ("1{,}234", 1234),
+    ("1{,}234{,}567", 1234567),
+    ("1\\,234", 1234),
+    ("1\\;234", 1234),
+    ("1,\\!234", 1234),
+    ("1 000 000", 1000000),
+    ("1 000", 1000),
+    ("1\u00a0000\u202f000", 1000000),
+    ("1_000", 1000),
+    # signs
+    ("-18", -18),
+    ("- 18", -18),
+    ("\u221218", -18),
+    ("\u2212 18", -18),
+    ("\u201318", -18),
+    ("\uff0d18", -18),
+    ("\ufe6318", -18),
+    ("+18", 18),
+    ("= -18", -18),
+    ("= - 18", -18),
+    ("(-18)", -18),
+    ("-$18", -18),
+    ("$-18", -18),
+    ("\\$-18", -18),
+    ("-\\$18", -18),
+    ("x-9", 9),
+    ("twenty-9", 9),
+    # fractions of one
+    (".5", 0.5),
+    ("-.5", -0.5),
+    ("$.50", 0.5),
+    ("0.50", 0.5),
+    ("1.", 1),
+    ("v.5", 5),
+    ("\\frac{1}{2}", 0.5),
+    ("\\dfrac{1}{2}", 0.5),
+    ("\\tfrac{ 1 }{ 2 }", 0.5),
+    ("\\frac12", 0.5),
+    ("\\frac{1}2", 0.5),
+    ("-\\frac{1}{2}", -0.5),
+    ("- \\frac{1}{2}", -0.5),
+    ("\\frac{-1}{2}", -0.5),
+    ("\\frac{1,000}{2}", 500),
+    ("2\\frac{1}{2}", 2.5),
+    ("2 \\frac{1}{2}", 2.5),
+    ("-2\\frac{1}{2}", -2.5),
+    ("1/2", 0.5),
+    ("1 / 2", 0.5),
+    ("-1/2", -0.5),
+    ("2 1/2", 2.5),
+    # units and marks around it
+    ("$72", 72),
+    ("\\$72", 72),
+    ("€72", 72),
+    ("72€", 72),
+    ("USD72", 72),
+    ("72 dollars", 72),
+    ("72%", 72),
+    ("72\\%", 72),
+    ("72cm", 72),
+    ("72 cm^2", 72),
+    ("72 cm^{2}", 72),
+    ("72 cm²", 72),
+    ("72 m2", 72),
+    ("72\\text{ cm}^3", 72),
+    ("72\\ \\text{m}^{2}", 72),
+    ("72\\,\\mathrm{km}", 72),
+    ("72^\\circ", 72),
+    ("72^{\\circ}", 72),
+    ("72°", 72),
+    ("72 km/h", 72),
+    ("\\text{72}", 72),
+    ("\\mathbf{72}", 72),
+    ("\\(72\\)", 72),
+    ("\\[ 72 \\]", 72),
+    ("$72$", 72),
+    # none
+    ("", None),
+    ("seventy-two", None),
+    ("²", None),
+    ("x^2", None),
+]
+
+
+SEVERAL = [  # of several numbers the last one counts
+    ("1,234, 5", 5),
+    ("10, 20, 300", 300),
+    ("12 34", 34),
+    ("1 0000", 0),
+    ("48/2 = 24", 24),
+    ("16-9", 9),
+    ("16 - 9", 9),
+    ("16\u20139", 9),
+    ("16 \u2212 9", 9),
+    ("16 - \\frac{1}{2}", 0.5),
+    ("(3+4)-9", 9),
+    ("(3+4) - 9", 9),
+    ("2 apples\n- 18 pears", 18),  # an item of a list
+    ("7 and 1/0", None),  # no number, and 7 is not the answer either
+    ("7 and \\frac{1}{0}", None),
+    ("7 and " + "9" * 5000, None),  # Python refuses to read 4,300 digits
+]
+
+
+@pytest.mark.parametrize("text, value", [*FORMS, *SEVERAL])
+def test_a_number_is_read_in_all_these_forms(text, value):
+    expected = None if value is None else Fraction(value)
+    assert gold_eval.number(text) == expected
+    before = 17 if (text, None) in FORMS else expected
+    assert gold_eval.number(f"17 were too few. So it is {text}") == before
+    answer = Row((), answer=str(Fraction(72) if value is None else expected))
+    contexts = ["It is \\boxed{%s}.", "It is \\boxed {%s}; 5 more than \\boxed{67}, no, \\boxed{ %s }, not 67!"]
+    for context in contexts + ["#### %s"] * ((text, value) in FORMS):
+        reason = gold_eval.grade_gsm8k(context.replace("%s", text), answer).reason
+        assert (reason == "ok") == (value is not None), context
+
+
 @pytest.mark.parametrize(
     "text, answer, reason, strict",
     [
@@ -324,18 +453,25 @@ def test_the_table_has_the_layout_of_the_reference_and_its_lines_sum_to_n():
         ("####72", "72", "ok", True),
         ("#### $1,072.00", "1072", "ok", True),
         ("#### -5", "-5", "ok", True),
+        ("#### - 5", "-5", "ok", True),
+        ("#### .5", "0.50", "ok", True),
         ("#### 72. Bye 3", "72", "ok", True),
         ("It is 72.", "72", "ok", False),
         ("It is \\boxed{72}", "72", "ok", False),
+        ("It is \\boxed{72} as 70 + 2 = 72 and not 5", "72", "ok", False),
+        ("\\boxed{5}, or rather \\boxed {72} of 100", "72", "ok", False),
+        ("\\boxed{72} of 100, and \\boxed{5", "72", "ok", False),  # the last one was cut
+        ("\\boxed{5} #### 72", "72", "ok", True),
         ("She pays $1,000", "1,000", "ok", False),
         ("16-9", "9", "ok", False),
         ("#### 71", "72", "wrong_value", False),
         ("71 or 73", "72", "wrong_value", False),
         ("no idea", "72", "no_answer", False),
         ("#### unclear, maybe 72", "72", "ok", False),
+        ("\\boxed{x}, 72", "72", "ok", False),
     ],
 )
-def test_gsm8k_reads_the_marked_number_or_else_the_last(text, answer, reason, strict):
+def test_gsm8k_reads_the_marked_number_or_else_the_boxed_or_else_the_last(text, answer, reason, strict):
     grade = gold_eval.grade_gsm8k(text, Row((), answer=answer))
     assert (grade.reason, grade.also["strict"]) == (reason, strict)
 
@@ -348,11 +484,39 @@ def test_gsm8k_reads_the_marked_number_or_else_the_last(text, answer, reason, st
         ("the answer is 33", "33", "ok"),
         ("\\boxed{n = 33}", "33", "ok"),
         ("\\boxed{34}", "33", "wrong_value"),
+        ("\\boxed{7}, no: \\boxed {33}, which is 3 * 11", 33, "ok"),
+        ("\\boxed{33}", "\\boxed{33}", "ok"),
+        ("\\boxed{33.0}", "33.0", "ok"),
+        ("\\boxed{33}", 33.0, "ok"),
+        ("\\boxed{33}", "$33$.", "ok"),
+        ("\\boxed{1{,}033}", "1,033", "ok"),
+        ("\\boxed{33\\text{ cm}^2}", "33", "ok"),
         ("none", "33", "no_answer"),
     ],
 )
 def test_aime_compares_integers(text, answer, reason):
     assert gold_eval.grade_integer(text, Row((), answer=answer)).reason == reason
+
+
+@pytest.mark.parametrize(
+    "task, row",
+    [
+        ("aime", {"problem": "?", "answer": "unknown"}),
+        ("aime", {"problem": "?", "answer": "2.5"}),
+        ("aime", {"problem": "?", "answer": ""}),
+        ("gsm8k", {"question": "?", "answer": "#### many"}),
+        ("math500", {"problem": "?", "answer": "\\boxed{}"}),
+        ("openr1", {"problem": "?", "solution": "there is no box"}),
+        ("countdown", {"prompt": "?", "nums": [1, "b"], "target": 3}),
+        ("countdown", {"prompt": "?", "nums": [1, 2], "target": "three"}),
+        ("countdown", {"prompt": "?", "nums": 7, "target": 3}),
+    ],
+)
+def test_an_answer_that_the_grader_cannot_read_is_found_before_anything_is_generated(task, row, tmp_path):
+    pytest.importorskip("math_verify")
+    path = write(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(ValueError, match=rf"task {task}: the grader cannot read the answer of row '\?' of {path}"):
+        gold_eval.evaluate(None, None, [f"{task}={path}"], few_shot=0)
 
 
 @pytest.mark.parametrize("grade", [gold_eval.grade_gsm8k, gold_eval.grade_integer, gold_eval.grade_math])
@@ -378,6 +542,8 @@ def test_no_text_makes_a_grader_of_mathematics_raise(grade):
 def test_the_last_box_is_read_with_balanced_braces():
     assert boxed("\\boxed{1} then \\boxed{\\frac{1}{2}} .") == "\\frac{1}{2}"
     assert boxed("none") is None and boxed("\\boxed{1") is None and boxed("\\boxed{}") == ""
+    assert boxed("\\boxed{1} and \\boxed {2} and \\boxed{3") == "2" and boxed("\\boxed\n{ {4} }}}") == " {4} "
+    assert boxed("\\boxed{\\boxed{5}}") == "5" and boxed("}{ \\boxed{6}") == "6"
 
 
 MATHEMATICS = [
@@ -390,6 +556,17 @@ MATHEMATICS = [
     ("\\boxed{\\left( 3, 4 \\right)}", "(3,4)", "ok"),
     ("\\boxed{2}", "3", "wrong_value"),
     ("I do not know", "3", "no_answer"),
+    ("\\boxed{5}, no, rather \\boxed{7}", "7", "ok"),
+    ("\\boxed{7}, no, rather \\boxed{5}", "7", "wrong_value"),
+    ("\\boxed{7} because $x = 5$ and 3", "7", "ok"),
+    ("\\boxed {7}", "7", "ok"),
+    ("\\boxed{7}, and then \\boxed{5", "7", "ok"),
+    ("\\boxed{7}", "\\boxed{7}", "ok"),
+    ("\\boxed{1{,}234}", "1234", "ok"),
+    ("\\boxed{\u22125}", "-5", "ok"),
+    ("\\boxed{- 5}", "-5", "ok"),
+    ("\\boxed{.5}", "\\frac12", "ok"),
+    ("\\boxed{12\\text{ cm}^2}", "12", "ok"),
 ]
 
 
@@ -466,6 +643,10 @@ def test_a_task_reads_a_local_file_of_the_same_schema(tmp_path):
     assert (task.name, task.dataset) == ("gsm8k", path)
     assert [row.answer for row in rows] == ["6", "7", "8", "9"]  # the first five rows are the examples
     assert len(gold_eval.load_task_rows(replace(task, few_shot=0))) == 9
+    with pytest.raises(ValueError, match="task gsm8k: no question of .* is left besides 9 examples"):
+        gold_eval.load_task_rows(replace(task, few_shot=9))
+    with pytest.raises(ValueError, match="has 9 solved examples, not 10"):
+        gold_eval.load_task_rows(replace(task, few_shot=10))
 
 
 def test_few_shot_examples_are_turns_before_the_question_and_never_the_question(tmp_path):

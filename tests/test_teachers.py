@@ -1,13 +1,16 @@
 """Teachers that live elsewhere: in a process that the ranks of a node share, and behind vLLM's HTTP server, real and
 fake. Each must say what HF says of the same tokens, and every way to fail must be told in bounded time."""
 
+import contextlib
 import functools
 import http.server
 import importlib.util
 import json
+import math
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -47,12 +50,12 @@ def load(folder, dtype=torch.float32) -> torch.nn.Module:
     return gold_buffer.load_model(str(folder), None, dtype, "cpu")
 
 
-def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids (3, 20) padded on the right, mask, and flat positions of some of them."""
+def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids (3, 20) padded on the right, and flat positions of some of them."""
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 500, (3, 20), generator=random)
     mask = (torch.arange(20) < torch.tensor([[20], [7], [13]])).long()
-    return ids, mask, mask.flatten().nonzero()[::2, 0]
+    return ids * mask, mask.flatten().nonzero()[::2, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -67,17 +70,26 @@ def test_a_shared_teacher_says_what_a_local_one_says_from_any_thread(folder):
     with ThreadPoolExecutor(8) as pool:
         for seed, hidden in enumerate(pool.map(lambda seed: shared.hidden(*batch(seed)), range(16))):
             assert hidden.dtype == torch.bfloat16 and torch.equal(hidden, local.hidden(*batch(seed)))
-    nothing = shared.hidden(*batch(0)[:2], torch.zeros(0, dtype=torch.long))
+    nothing = shared.hidden(batch(0)[0], torch.zeros(0, dtype=torch.long))
     assert nothing.shape == (0, 64)
     requests, sampling = [Request([1, 270, 280], 3), Request([1, 300], 4)], Sampling(6, end_ids=(2,))
     texts = [[r.completion_ids for r in teacher.generate(requests, sampling)] for teacher in (shared, local)]
     assert texts[0] == texts[1]
     with pytest.raises(RuntimeError, match="IndexError"):  # one bad question does not end it
-        shared.hidden(*batch(0)[:2], torch.tensor([10_000]))
+        shared.hidden(batch(0)[0], torch.tensor([10_000]))
     assert torch.equal(shared.hidden(*batch(1)), local.hidden(*batch(1)))
     process, here = shared.process, Path(shared.folder.name)
     shared.close()
     assert process.exitcode == 0 and not here.exists()
+
+
+def test_a_long_path_of_temporary_files_does_not_stop_a_shared_teacher(folder, tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    monkeypatch.setattr(gold_buffer.tempfile, "tempdir", str(long))
+    shared = SharedTeacher(functools.partial(load, folder), 0, 1)
+    assert torch.equal(shared.hidden(*batch(1)), LocalTeacher(load(folder)).hidden(*batch(1)))
+    shared.close()
 
 
 def test_a_teacher_that_cannot_load_or_dies_or_is_stuck_is_an_error(folder):
@@ -166,11 +178,17 @@ class FakeServer:
 
     def __init__(self, folder: Path):
         self.model, self.name, self.faults, self.requests = load(folder), str(folder), [], []
+        self.key, self.paths = None, []  # that it asks for, as the header says it; what was asked for
         self.tokenizer = TOKENIZER
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
+                outer.paths.append(self.path)
+                if outer.key not in (None, self.headers["Authorization"]):
+                    return self.reply(401, {})
+                if self.path != "/v1/models":
+                    return self.reply(404, {})
                 self.reply(200, {"data": [{"id": outer.name, "root": outer.name, "max_model_len": 512}]})
 
             def do_POST(self):
@@ -181,15 +199,25 @@ class FakeServer:
                 outer.requests.append(body)
                 answer = {"choices": [outer.choice(body)]}
                 fault = outer.faults.pop(0) if outer.faults else None
+                if isinstance(fault, bytes):
+                    return self.drip(fault)
                 status = fault if isinstance(fault, int) else 200
                 if callable(fault):
                     answer = fault(answer)
                 self.reply(status, answer)
 
+            def drip(self, data):
+                with contextlib.suppress(OSError):
+                    for byte in data:
+                        self.wfile.write(bytes([byte]))
+                        threading.Event().wait(0.02)
+
             def reply(self, status, answer):
                 data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 try:
                     self.send_response(status)
+                    if status == 302:
+                        self.send_header("Location", f"{outer.url}/v1/elsewhere")
                     self.end_headers()
                     self.wfile.write(data)
                 except OSError:  # nobody waits any more
@@ -278,24 +306,123 @@ def broken(change):
     return fault
 
 
-FAULTS = {
-    "returned 0 prompt log": lambda answer: answer["choices"][0].pop("prompt_logprobs") and answer,
-    "returned 30 prompt log": broken(lambda entries: entries.pop()),
-    "read other tokens": lambda answer: {"choices": [answer["choices"][0] | {"prompt_token_ids": [1, 2]}]},
-    "not the top 8 and token 290": broken(lambda entries: entries.__setitem__(21, {"5": {"logprob": 0.0, "rank": 1}})),
-    "of a vocabulary of": broken(lambda entries: entries[22].update({"99999": {"logprob": -1.0, "rank": 9}})),
-    "without 'choices'": lambda answer: {"object": "error"},
-    "refused: 400": 400,
-}
+def said(value):
+    """A fault: one of the tokens at position 21 has this log probability."""
+    return broken(lambda entries: next(iter(entries[21].values())).update(logprob=value))
 
 
-@pytest.mark.parametrize("message", FAULTS)
-def test_a_wrong_answer_is_an_error_that_says_what_is_wrong(message, fake, folder, pauses):
+FAULTS = [
+    ("returned 0 prompt log", lambda answer: answer["choices"][0].pop("prompt_logprobs") and answer),
+    ("returned 30 prompt log", broken(lambda entries: entries.pop())),
+    ("read other tokens", lambda answer: {"choices": [answer["choices"][0] | {"prompt_token_ids": [1, 2]}]}),
+    (
+        "not the top 8 and token 290",
+        broken(lambda entries: entries.__setitem__(21, {"5": {"logprob": 0.0, "rank": 1}})),
+    ),
+    ("of a vocabulary of", broken(lambda entries: entries[22].update({"99999": {"logprob": -1.0, "rank": 9}}))),
+    ("of a vocabulary of", broken(lambda entries: entries[22].update({"-1": {"logprob": -1.0, "rank": 9}}))),
+    ("position 21", broken(lambda entries: entries.__setitem__(21, None))),
+    ("position 21", broken(lambda entries: entries.__setitem__(21, {}))),
+    ("position 21", broken(lambda entries: entries.__setitem__(21, [1.0]))),
+    *[("position 21.*log probabilities", said(x)) for x in (math.nan, math.inf, -math.inf, None, "x", 0.5, 0.0)],
+    ("without 'choices'", lambda answer: {"object": "error"}),
+    *[("without 'choices'", lambda answer, x=x: x) for x in (None, [], 5, {"choices": None}, {"choices": []})],
+    ("without 'choices'", lambda answer: {"choices": [None]}),
+    ("refused: 400", 400),
+    ("refused: 302", 302),
+]
+
+
+@pytest.mark.parametrize("message, fault", FAULTS, ids=[f"{i} {message}" for i, (message, _) in enumerate(FAULTS)])
+def test_a_wrong_answer_is_an_error_that_says_what_is_wrong(message, fault, fake, folder, pauses):
     teacher = connect(fake, folder)
-    fake.faults = [FAULTS[message]]
-    with pytest.raises(ValueError, match=message):
+    fake.faults = [fault]
+    with pytest.raises(ValueError, match=f"{fake.url}.*{message}"):
         teacher.score(SEQUENCES[:1], FIRSTS[:1])
-    assert pauses == [], "asking again would not help"
+    assert pauses == [] and "/v1/elsewhere" not in fake.paths, "asking again, or elsewhere, would not help"
+    check_against_hf(teacher, folder)
+    teacher.close()
+
+
+@pytest.mark.parametrize("token_ids", [None, []])
+def test_a_server_that_writes_nothing_is_blamed(token_ids, fake, folder):
+    teacher = connect(fake, folder)
+    fake.choice = lambda body: {"prompt_token_ids": body["prompt"], "token_ids": token_ids, "finish_reason": "stop"}
+    with pytest.raises(ValueError, match=f"{fake.url} wrote nothing for 2 of 2 prompts"):
+        teacher.generate([Request([1, 270], 3)] * 2, Sampling(6, end_ids=(2,)))
+    teacher.close()
+
+
+@pytest.mark.parametrize("form", ["{}/", "{}/v1", "{}/v1/", "bare", " {}"])
+def test_every_way_to_write_an_address_finds_the_server(form, fake, folder):
+    url = fake.url.removeprefix("http://") if form == "bare" else form.format(fake.url)
+    teacher = ServedTeacher(url, str(folder), VOCABULARY, K, timeout=5.0, retries=0)
+    assert teacher.url == fake.url and set(fake.paths) == {"/v1/models"}
+    teacher.close()
+
+
+def test_an_address_under_a_path_keeps_it():
+    assert gold_buffer.served_url("https://host/models/a/v1/") == "https://host/models/a"
+    assert gold_buffer.served_url("[::1]:8000") == "http://[::1]:8000"
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc/hostname", "ftp://host/", "http://", "http://user:secret@host", "user:secret@host:80",
+    "ftp://user:secret@host", "http://host:port", "http://host/v1?key=secret", "http://host:0"],
+)  # fmt: skip
+def test_what_is_no_address_is_refused_before_anything_is_loaded_and_secrets_are_not_repeated(url, tmp_path):
+    cfg = gold_train.Config(student_model="s", teacher_model="t", teacher_url=url, output_dir=str(tmp_path))
+    with pytest.raises(ValueError) as error:
+        gold_train.check(cfg, gold_train.setup_ranks())
+    assert "secret" not in str(error.value)
+    if "secret" in url:
+        assert "--teacher-key" in str(error.value)
+
+
+def test_a_key_comes_from_the_environment_and_is_not_repeated(fake, folder, student, tmp_path, monkeypatch, capsys):
+    fake.key = "Bearer a-secret"
+    for key in (None, "another"):
+        with pytest.raises(ValueError, match="refused: 401.*asks for a key, see --teacher-key"):
+            connect(fake, folder, key=key)
+    cfg = run_config(folder, tmp_path / "out", teacher_url=fake.url, teacher_top_k=K, max_steps=1, teacher_key="T_KEY")
+    for wrong in (None, "", "two\nlines"):
+        if wrong is not None:
+            monkeypatch.setenv("T_KEY", wrong)
+        with pytest.raises(ValueError, match="teacher_key is the name of an environment variable"):
+            gold_train.check(cfg, gold_train.setup_ranks())
+    monkeypatch.setenv("T_KEY", "a-secret\n")
+    gold_train.train(cfg, gold_train.setup_ranks())
+    assert len(losses(tmp_path / "out")) == 1
+    written = [p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert not any(b"a-secret" in text for text in written) and "a-secret" not in str(capsys.readouterr())
+
+
+def test_a_certificate_that_nobody_knows_is_said_at_once_and_one_that_is_known_works(folder, tmp_path, monkeypatch):
+    files = [str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")]
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run([*make.split(), "-keyout", files[0], "-out", files[1]], check=True, capture_output=True)
+    fake = FakeServer(folder)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files[1], files[0])
+    fake.server.socket = context.wrap_socket(fake.server.socket, server_side=True)
+    fake.server.handle_error = lambda *args: None
+    fake.url = f"https://localhost:{fake.server.server_port}/v1"
+    with pytest.raises(ValueError, match="self-signed certificate.*SSL_CERT_FILE"):
+        connect(fake, folder)
+    monkeypatch.setenv("SSL_CERT_FILE", files[1])
+    teacher = connect(fake, folder)
+    check_against_hf(teacher, folder)
+    teacher.close()
+    fake.close()
+
+
+@pytest.mark.parametrize("start", [b"HTTP/1.0 200 OK\r\nX: ", b"HTTP/1.0 200 OK\r\n\r\n"], ids=["head", "body"])
+def test_a_server_that_drips_is_given_up_at_one_deadline(start, fake, folder, pauses):
+    teacher = connect(fake, folder, timeout=0.6, retries=1)
+    fake.faults, begun = [start + b" " * 1000] * 2, time.monotonic()
+    with pytest.raises(ConnectionError, match="2 tries of 1 s: TimeoutError: timed out"):
+        teacher.score(SEQUENCES[:1], FIRSTS[:1])
+    assert time.monotonic() - begun < 5, "1000 bytes would take 20 seconds"
     check_against_hf(teacher, folder)
     teacher.close()
 

@@ -70,10 +70,13 @@ def drift(model, requests, rollouts) -> float:
     return float(torch.cat(found).mean())
 
 
+GREEDY = Sampling(12, 0.0)
+
+
 def same_as_hf(model, sampler, requests) -> None:
     """Token for token, and log probabilities to 1e-4."""
-    rollouts = sampler.generate(requests)
-    for a, b in zip(rollouts, HFSampler(model, sampler.sampling).generate(requests), strict=True):
+    rollouts = sampler.generate(requests, GREEDY)
+    for a, b in zip(rollouts, HFSampler(model).generate(requests, GREEDY), strict=True):
         assert a.completion_ids == b.completion_ids and a.finished == b.finished and a.version == sampler.version
         assert np.abs(np.subtract(a.logprobs, b.logprobs)).max() < 1e-4
     assert not requests or drift(model, requests, rollouts) < 2e-5
@@ -87,22 +90,11 @@ def engine(request, tmp_path_factory):
     torch.manual_seed(1)
     state = lambda: (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), torch.set_num_threads)
     before = (*state(), os.environ.get("LD_PRELOAD"))
-    sampler = VLLMSampler(str(folder), Sampling(12, 0.0), MAX_LENGTH, "float32", MEMORY, enforce_eager=True)
+    sampler = VLLMSampler(str(folder), MAX_LENGTH, "float32", MEMORY, enforce_eager=True)
     assert (*state(), os.environ.get("LD_PRELOAD")) == before, "the engine leaves the process as it was"
     yield model, sampler
     sampler.close()
     assert not dist.is_initialized(), "the process group that vLLM made for itself is gone"
-
-
-@pytest.fixture
-def sampling(engine):
-    """Set how the shared engine samples, for one test."""
-
-    def choose(*args, **kwargs):
-        engine[1].sampling = Sampling(*args, **kwargs)
-
-    yield choose
-    engine[1].sampling = Sampling(12, 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,18 +105,18 @@ def sampling(engine):
 def mortal(tmp_path):
     """(model, engine with its weights) for a test that ruins the engine."""
     model = build(True, tmp_path)
-    sampler = VLLMSampler(str(tmp_path), Sampling(200, 1.0), MAX_LENGTH, "float32", MEMORY, enforce_eager=True)
+    sampler = VLLMSampler(str(tmp_path), MAX_LENGTH, "float32", MEMORY, enforce_eager=True)
     sampler.load_weights(model.state_dict(), 0)
     yield model, sampler
     sampler.close()
 
 
 def test_a_window_that_takes_too_long_is_given_up_and_its_requests_are_named(mortal):
-    model, sampler = mortal
-    assert [len(r.completion_ids) for r in sampler.generate(requests_of((5, 395)))] == [200, 5], "cut by the context"
+    (model, sampler), long = mortal, Sampling(200)
+    assert [len(r.completion_ids) for r in sampler.generate(requests_of((5, 395)), long)] == [200, 5], "by the context"
     sampler.deadline = 0.05
     with pytest.raises(TimeoutError, match=r"4 requests \(positions \[0, 1, 2, 3\]\).*--vllm-deadline.*--resume"):
-        sampler.generate(requests_of((40, 40, 40, 40)))
+        sampler.generate(requests_of((40, 40, 40, 40)), long)
     with pytest.raises(RuntimeError, match="cannot be used any more"):
         sampler.load_weights(model.state_dict(), 1)
 
@@ -138,7 +130,7 @@ def test_an_engine_that_hangs_is_noticed_by_whoever_waits_for_the_window(mortal)
     buffer = gold_buffer.WindowBuffer(
         gold_buffer.Schedule(0, 1.0, 3, 1),
         gold_buffer.RowStream([gold_data.Row(({"role": "user", "content": "hello"},))], 0),
-        gold_buffer.Encoder(vocabulary, None, 16, False, False), sampler, model.state_dict, 4,
+        gold_buffer.Encoder(vocabulary, None, 16, False, False), sampler, Sampling(200), model.state_dict, 4,
     )  # fmt: skip
     for ask in (lambda: buffer.get(0), buffer.close):
         with pytest.raises(TimeoutError, match=r"3 requests \(positions \[0, 1, 2\]\)"):
@@ -151,13 +143,13 @@ def test_an_engine_with_half_of_the_weights_cannot_be_used(mortal):
     with pytest.raises(Exception):  # noqa: B017  vLLM's own
         sampler.load_weights(model.state_dict() | {"model.layers.0.mlp.up_proj.weight": torch.zeros(3, 3)}, 1)
     with pytest.raises(RuntimeError, match="cannot be used any more"):
-        sampler.generate(requests_of((5,)))
+        sampler.generate(requests_of((5,)), GREEDY)
 
 
 def test_an_engine_without_weights_refuses_to_speak(engine):
     if engine[1].version < 0:
         with pytest.raises(RuntimeError, match="load_weights before generate"):
-            engine[1].generate(requests_of())
+            engine[1].generate(requests_of(), GREEDY)
     assert engine[1].version < 0, "this test comes first"
 
 
@@ -167,7 +159,7 @@ def test_greedy_completions_equal_hf_after_every_optimizer_step(engine):
     for step in range(3):
         sampler.load_weights(model.state_dict(), step)
         same_as_hf(model, sampler, requests_of())
-        seen.add(str([r.completion_ids for r in sampler.generate(requests_of())]))
+        seen.add(str([r.completion_ids for r in sampler.generate(requests_of(), GREEDY)]))
         optimizer_step(model)
     assert len(seen) == 3, "the steps were large enough to see a missed one"
 
@@ -176,7 +168,7 @@ def test_the_drift_shows_a_forgotten_sync(engine):
     model, sampler = engine
     sampler.load_weights(model.state_dict(), 10)
     optimizer_step(model)
-    rollouts = sampler.generate(requests_of())
+    rollouts = sampler.generate(requests_of(), GREEDY)
     assert drift(model, requests_of(), rollouts) > 0.1 and rollouts[0].version == 10
     sampler.load_weights(model.state_dict(), 11)
     same_as_hf(model, sampler, requests_of())
@@ -186,12 +178,12 @@ def test_the_drift_shows_a_stale_prefix_cache(engine, monkeypatch):
     model, sampler = engine
     long = requests_of((300, 280))
     sampler.load_weights(model.state_dict(), 20)
-    sampler.generate(long)  # leaves two blocks of each prompt in the cache
+    sampler.generate(long, GREEDY)  # leaves two blocks of each prompt in the cache
     optimizer_step(model)
     with monkeypatch.context() as patch:
         patch.setattr(sampler.llm, "reset_prefix_cache", lambda: True)
         sampler.load_weights(model.state_dict(), 21)
-    assert drift(model, long, sampler.generate(long)) > 0.1
+    assert drift(model, long, sampler.generate(long, GREEDY)) > 0.1
     sampler.load_weights(model.state_dict(), 22)
     same_as_hf(model, sampler, long)
     monkeypatch.setattr(sampler.llm, "reset_prefix_cache", lambda: False)
@@ -205,23 +197,23 @@ def test_the_drift_shows_a_head_that_was_not_sent(engine):
     sampler.load_weights(model.state_dict(), 30)
     optimizer_step(model)
     sampler.load_weights(dict(model.named_parameters()), 31)  # names a tied head once only, as the embedding
-    got = drift(model, requests_of(), sampler.generate(requests_of()))
+    got = drift(model, requests_of(), sampler.generate(requests_of(), GREEDY))
     assert got > 0.1 if model.config.tie_word_embeddings else got < 2e-5
     sampler.load_weights(model.state_dict(), 32)
     same_as_hf(model, sampler, requests_of())
 
 
-def test_rollouts_do_not_depend_on_the_window_or_the_global_generators(engine, sampling):
+def test_rollouts_do_not_depend_on_the_window_or_the_global_generators(engine):
     model, sampler = engine
     ends = tuple(range(0, 600, 10))
-    sampling(12, 1.0, end_ids=ends)
+    s = Sampling(12, 1.0, end_ids=ends)
     sampler.load_weights(model.state_dict(), 40)
     prompts = requests_of(range(5, 21)) + [Request([9, 8, 7], seed) for seed in range(8)]  # and one prompt 8 times
     state = torch.get_rng_state()
-    together = sampler.generate(prompts)
+    together = sampler.generate(prompts, s)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
-    apart = [sampler.generate([r])[0] for r in prompts]
+    apart = [sampler.generate([r], s)[0] for r in prompts]
     assert [r.completion_ids for r in together] == [r.completion_ids for r in apart]
     assert np.abs(np.concatenate([np.subtract(a.logprobs, b.logprobs) for a, b in zip(together, apart)])).max() < 1e-4
     assert len({tuple(r.completion_ids) for r in together[16:]}) > 4, "different seeds, different answers"
@@ -231,19 +223,18 @@ def test_rollouts_do_not_depend_on_the_window_or_the_global_generators(engine, s
     assert drift(model, prompts, together) < 2e-5
 
 
-def test_sampling_follows_the_law_and_its_filters(engine, sampling):
+def test_sampling_follows_the_law_and_its_filters(engine):
     model, sampler = engine
     sampler.load_weights(model.state_dict(), 50)
     prompt, n = [11, 12, 13], 400
     with torch.no_grad():
         law = (model(torch.tensor([prompt])).logits[0, -1] / 0.5).softmax(-1)
-    sampling(1, 0.5)
-    counts = np.bincount([r.completion_ids[0] for r in sampler.generate([Request(prompt, i) for i in range(n)])])
+    drawn = sampler.generate([Request(prompt, i) for i in range(n)], Sampling(1, 0.5))
+    counts = np.bincount([r.completion_ids[0] for r in drawn])
     expected = n * law[: len(counts)].double().numpy()
     often = expected > 5
     assert often.sum() > 3 and (np.abs(counts - expected) < 5 * np.sqrt(expected) + 1)[often].all()
     for how in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.4}):
-        sampling(1, 0.5, **how)
         order = law.argsort(descending=True)
         if "top_k" in how:
             allowed = order[:3]
@@ -251,21 +242,44 @@ def test_sampling_follows_the_law_and_its_filters(engine, sampling):
             allowed = order[law[order].cumsum(0) - law[order] < 0.5]
         else:
             allowed = order[law[order] >= 0.4 * law.max()]
-        drawn = {r.completion_ids[0] for r in sampler.generate([Request(prompt, i) for i in range(100)])}
+        drawn = sampler.generate([Request(prompt, i) for i in range(100)], Sampling(1, 0.5, **how))
+        drawn = {r.completion_ids[0] for r in drawn}
         assert drawn <= set(allowed.tolist()) and (len(drawn) > 1 or len(allowed) == 1)
 
 
-def test_the_models_own_end_of_text_does_not_end_a_completion_unless_asked(engine, sampling):
+def test_the_models_own_end_of_text_does_not_end_a_completion_unless_asked(engine):
     """The configuration of the model names ends that the tokenizer's chat template may not use."""
     model, sampler = engine
     sampler.load_weights(model.state_dict(), 60)
-    first = sampler.generate([Request([5, 6, 7], 0)])[0].completion_ids
+    first = sampler.generate([Request([5, 6, 7], 0)], GREEDY)[0].completion_ids
     sampler.llm.model_config.hf_config.eos_token_id = first[2]
-    assert sampler.generate([Request([5, 6, 7], 0)])[0].completion_ids == first
-    sampling(12, 0.0, end_ids=(first[4],))
-    cut = sampler.generate([Request([5, 6, 7], 0)])[0]
+    assert sampler.generate([Request([5, 6, 7], 0)], GREEDY)[0].completion_ids == first
+    cut = sampler.generate([Request([5, 6, 7], 0)], Sampling(12, 0.0, end_ids=(first[4],)))[0]
     assert cut.finished and cut.completion_ids == first[: first.index(first[4]) + 1]
-    assert sampler.generate([]) == []
+    assert sampler.generate([], GREEDY) == []
+
+
+def test_scores_equal_hf_and_do_not_come_from_the_prefix_cache_of_other_weights(engine):
+    model, sampler = engine
+    for version in (70, 71):
+        sampler.load_weights(model.state_dict(), version)
+        sequences = [r.prompt_ids for r in requests_of((2, 40, 300))]
+        for ours, theirs in zip(sampler.score(sequences), HFSampler(model).score(sequences), strict=True):
+            assert ours.shape == theirs.shape and np.abs(ours - theirs).max() < 1e-4
+        optimizer_step(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_engine_that_reads_the_models_own_weights_speaks_at_once_and_takes_others_later(tied, tmp_path):
+    model = build(tied, tmp_path)
+    sampler = VLLMSampler(str(tmp_path), MAX_LENGTH, "float32", MEMORY, enforce_eager=True, load_format="auto")
+    assert sampler.end_ids == [TOKENIZER.eos_token_id]
+    same_as_hf(model, sampler, requests_of())
+    optimizer_step(model)
+    model.save_pretrained(tmp_path / "later")
+    sampler.load_weights(gold_buffer.load_model(str(tmp_path / "later"), None, torch.float32, "cpu").state_dict(), 1)
+    same_as_hf(model, sampler, requests_of())
+    sampler.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,8 +322,7 @@ def rank_main(folder: Path) -> None:
     dist.barrier()
     for tensor_parallel in (1, 2):
         sampler = VLLMSampler(
-            str(folder), Sampling(12, 0.0), MAX_LENGTH, "float32", MEMORY, tensor_parallel,
-            enforce_eager=True,
+            str(folder), MAX_LENGTH, "float32", MEMORY, tensor_parallel, enforce_eager=True,
         )  # fmt: skip
         for step in range(2):
             sampler.load_weights(model.state_dict(), step)
@@ -326,7 +339,7 @@ def rank_main(folder: Path) -> None:
             assert {pair for pair in zip(*gathered)} >= {(True, False), (False, True), (False, False)}
             buffer = gold_buffer.WindowBuffer(
                 schedule, gold_buffer.RowStream(rows, 0),
-                gold_buffer.Encoder(vocabulary, None, 16, False, False), sampler, model.state_dict, 6, lag,
+                gold_buffer.Encoder(vocabulary, None, 16, False, False), sampler, GREEDY, model.state_dict, 6, lag,
             )  # fmt: skip
             for step in range(6):
                 window = buffer.get(step)
