@@ -260,6 +260,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
         for name, value in ((name, getattr(cfg, name)) for name in names.split()):
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name} must be in [{least}, {most}]: got {value}")
+    template_options(cfg.student_template_options), template_options(cfg.teacher_template_options)
     c, batch, slots = cfg, cfg.per_device_train_batch_size, slots_per_window(cfg)
     made, used, group = slots * c.num_generations, batch * c.gradient_accumulation_steps, c.vllm_tensor_parallel_size
     engine = gold_buffer.choose_sampler(c.sampler)[0] if c.lmbda > 0 else ""
@@ -303,8 +304,6 @@ def check(cfg: Config, ranks: Ranks) -> None:
         "eval_gpu is auto, same, cpu or an index": c.eval_gpu in ("auto", "same", "cpu") or c.eval_gpu.isdigit(),
         f"--wandb-mode {c.wandb_mode} needs wandb: pip install wandb": wandb,
     }
-    for text in (c.student_template_options, c.teacher_template_options):
-        template_options(text)
     for message, ok in rules.items():
         if not ok:
             raise ValueError(message)
@@ -901,10 +900,10 @@ def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
 
 
 SAME_RUN = (
-    "student_model teacher_model student_revision teacher_revision dataset subset split eval_ratio rows_hash "
-    "max_length max_completion_length num_generations lmbda seq_kd temperature top_p top_k min_p lag loss beta "
-    "jsd_scale loss_temperature ce_weight weight_decay seed window steps student_template_options "
-    "teacher_template_options"
+    "student_model teacher_model student_revision teacher_revision student_template_options "
+    "teacher_template_options dataset subset split eval_ratio rows_hash max_length max_completion_length "
+    "num_generations lmbda seq_kd temperature top_p top_k min_p lag loss beta jsd_scale loss_temperature "
+    "ce_weight weight_decay seed window steps"
 ).split()  # the other flags may change with a resume, which says so
 
 
@@ -951,22 +950,22 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Everything before the first step. Most mistakes show before any weights are read, each as a ValueError."""
     device, master, out = ranks.device, ranks.rank == 0, Path(cfg.output_dir)
     checkpoint = newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
-    day = torch.load(checkpoint / "trainer.pt", mmap=True)["run"]["day"] if checkpoint else gather(str(date.today()))[0]
-    vocabulary, teacher_vocabulary = (
-        gold_data.load_vocabulary(name, revision, template_options(options), day) if name else None
-        for name, revision, options in (
-            (cfg.student_model, cfg.student_revision, cfg.student_template_options),
-            (cfg.teacher_model, cfg.teacher_revision, cfg.teacher_template_options),
-        )
-    )
-    pairing = pair(cfg, vocabulary, teacher_vocabulary, device) if teacher_vocabulary else None
-    loss, cross = pairing.loss if pairing else "cross entropy only", pairing is not None and pairing.loss != "jsd"
+    day = gather(str(date.today()))[0]  # that chat templates write: the day on which the run began
+    if checkpoint:
+        day = torch.load(checkpoint / "trainer.pt", weights_only=True, mmap=True)["run"]["day"]
+    options = template_options(cfg.student_template_options)
+    vocabulary = gold_data.load_vocabulary(cfg.student_model, cfg.student_revision, options, day)
+    teacher_vocabulary = pairing = None
+    if cfg.teacher_model:
+        options = template_options(cfg.teacher_template_options)
+        teacher_vocabulary = gold_data.load_vocabulary(cfg.teacher_model, cfg.teacher_revision, options, day)
+        pairing = pair(cfg, vocabulary, teacher_vocabulary, device)
+    gold_buffer.check_positions(cfg.student_model, cfg.student_revision, cfg.max_length)
+    if pairing and pairing.loss == "jsd" and not cfg.teacher_url:  # other tokenizers need more or fewer tokens
+        gold_buffer.check_positions(cfg.teacher_model, cfg.teacher_revision, cfg.max_length)
+    rows, held = in_turn(ranks, functools.partial(load_data, cfg, vocabulary, teacher_vocabulary, say))
+    cross, loss = pairing is not None and pairing.loss != "jsd", pairing.loss if pairing else "cross entropy only"
     encoder = gold_buffer.Encoder(vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, loss == "prefix")
-    if ranks.local_rank > 0:
-        wait_for_all()  # one rank per node looks through the data, the others read what it found from the cache
-    rows, held = load_data(cfg, vocabulary, teacher_vocabulary, say)
-    if ranks.local_rank == 0:
-        wait_for_all()
     if master:
         say_example(rows, encoder, pairing, say)
     slots = slots_per_window(cfg)
@@ -993,18 +992,10 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
         answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
     buffer = gold_buffer.WindowBuffer(
-        schedule,
-        gold_buffer.RowStream(rows, cfg.seed),
-        encoder,
-        sampler,
-        sampling,
-        student.state_dict,
-        max_steps,
-        cfg.lag,
-        answers,
-        dtype,
-    )
-    derived = {"loss": loss, "window": slots * ranks.world_size, "rows_hash": rows.hash, "steps": max_steps, "day": day}
+        schedule, gold_buffer.RowStream(rows, cfg.seed), encoder, sampler, sampling, student.state_dict, max_steps,
+        cfg.lag, answers, dtype,
+    )  # fmt: skip
+    derived = {"loss": loss, "window": slots * ranks.world_size, "steps": max_steps, "rows_hash": rows.hash, "day": day}
     identity = asdict(cfg) | derived
     run = Run(parts, student, tokenizer, optimizer, buffer, held, identity, max_steps)
     if checkpoint:
