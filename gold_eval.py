@@ -341,24 +341,26 @@ def load_task_rows(task: str | Task, max_samples: int | None = None, seed: int =
     if task.dataset in gold_data.BUILT_IN and max_samples is not None:
         split = f"{split}[:{max_samples}]"  # as many as one asks for
     rows = _text_rows(task) or gold_data.load_rows(task.dataset, task.subset, split)[0]
-    for number, row in enumerate(rows, 1):
-        has = row.meta | {"answer": row.answer, "completion": row.completion}
-        lacks = [name for name in task.needs if has.get(name) is None]
-        if lacks:
-            raise ValueError(f"task {task.name}: row {number} of {task.dataset} has no {' and no '.join(lacks)}")
-    rows = gold_data.without(rows, few_shot_rows(task))[0]
-    if not rows:
+    rows, asked = gold_data.without(rows, few_shot_rows(task))[0], []
+    if not len(rows):
         why = f"besides the {task.few_shot} examples: give it more rows, or --few-shot 0"
         raise ValueError(f"task {task.name}: no question of {task.dataset} is left {why}")
+    drawn = range(len(rows))
     if max_samples is not None and max_samples < len(rows):
-        rows = [rows[i] for i in sorted(random.Random(f"{task.name} {seed}").sample(range(len(rows)), max_samples))]
-    for row in rows if task.grade else ():
+        drawn = sorted(random.Random(f"{task.name} {seed}").sample(drawn, max_samples))
+    for i in drawn:
+        asked.append(row := rows[i])
+        has = row.meta | {"answer": row.answer, "completion": row.completion}
+        if lacks := [name for name in task.needs if has.get(name) is None]:
+            where = f"row {rows.index['position'][i] + 1} of {task.dataset}"
+            raise ValueError(f"task {task.name}: {where} has no {' and no '.join(lacks)}")
         try:
-            task.grade("", row)
+            if task.grade:
+                task.grade("", row)
         except (ValueError, TypeError, LookupError, ArithmeticError) as e:
-            asked = f"row {row.prompt[-1]['content'][:80]!r} of {task.dataset}"
-            raise ValueError(f"task {task.name}: the grader cannot read the answer of {asked}: {e}") from e
-    return rows
+            where = f"row {row.prompt[-1]['content'][:80]!r} of {task.dataset}"
+            raise ValueError(f"task {task.name}: the grader cannot read the answer of {where}: {e}") from e
+    return asked
 
 
 def _text_rows(task: Task) -> list[Row]:
@@ -412,9 +414,9 @@ class Options:
 
 def open_model(name: str, revision: str | None, device: str, options: Options):
     """(sampler, tokenizer) of a model directory or Hub id."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer = gold_data.load_tokenizer(name, revision)
     dtype, limit = options.torch_dtype(device), options.max_length
     if options.engine == "vllm":
         limit = int(min(limit, gold_buffer.positions(AutoConfig.from_pretrained(name, revision=revision))))
@@ -442,7 +444,7 @@ def evaluate(model, tokenizer, tasks: Iterable[str], save_to: str | Path | None 
     if isinstance(model, torch.nn.Module):
         model = gold_buffer.HFSampler(model, max_batch_tokens=options.batch_tokens, limit=options.max_length)
     for task in parse_tasks(tasks):
-        if options.few_shot is not None:
+        if options.few_shot is not None and task.grade:
             task = replace(task, few_shot=options.few_shot)
         start = time.perf_counter()
         result, answers = (accuracy if task.grade else perplexity)(model, tokenizer, task, options)

@@ -239,6 +239,11 @@ def test_bits_per_byte_use_the_beginning_token_where_the_tokenizer_has_one(texts
     assert result["perplexity"] == pytest.approx(math.exp(nll / result["tokens"]), rel=1e-5)
 
 
+def test_examples_are_for_questions_and_change_no_perplexity(texts):
+    plain, asked = (gold_eval.evaluate(student(), byte_level(), [f"ppl={texts}"], few_shot=n)["ppl"] for n in (None, 3))
+    assert asked["bits_per_byte"] == plain["bits_per_byte"]
+
+
 def test_windows_score_every_token_once_with_all_the_context_that_fits():
     for n in (1, 4, 5, 9, 10, 13):
         ids, scored = list(range(100, 100 + n)), []
