@@ -15,7 +15,6 @@ import gc
 import http.client
 import importlib.util
 import inspect
-import itertools
 import json
 import math
 import multiprocessing.connection
@@ -29,8 +28,8 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections import Counter
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Listener
@@ -265,7 +264,7 @@ class VLLMSampler:
     def __init__(
         self, model: str, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
         revision: str | None = None, max_num_seqs: int = 256, deadline: float = 1800.0, sleep: bool = False,
-        enforce_eager: bool = False, load_format: Literal["dummy", "auto"] = "dummy",
+        load_format: Literal["dummy", "auto"] = "dummy",
     ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -293,7 +292,7 @@ class VLLMSampler:
             self.llm = LLM(
                 model=model, revision=revision, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
                 tensor_parallel_size=tensor_parallel, enable_sleep_mode=self.use_sleep,
-                enforce_eager=enforce_eager or not torch.cuda.is_available(),  # compiling for a CPU takes too long
+                enforce_eager=not torch.cuda.is_available(),  # compiling for a CPU takes too long
                 max_num_batched_tokens=max(4096, max_model_len),  # larger ones mislead the memory profiler
                 load_format=load_format, skip_tokenizer_init=True, generation_config="vllm", **extra,
             )  # fmt: skip
@@ -472,7 +471,7 @@ class Schedule:
     def steps_for(self, rows: int) -> int:
         """Fewest steps after which the first `rows` of the stream have all been used."""
         per_step = self.slots * self.world_size
-        return next(step for step in itertools.count() if self.rows_before(step * per_step) >= rows)
+        return bisect_left(range(2**62), rows, key=lambda step: self.rows_before(step * per_step))
 
     def draw(self, step: int) -> list[Slot]:
         first = (step * self.world_size + self.rank) * self.slots
@@ -489,16 +488,15 @@ class Schedule:
 class RowStream:
     """Rows of a data set, numbered over all epochs; each epoch is a new permutation of all of them."""
 
-    def __init__(self, rows: list[Row], seed: int, shuffle: bool = True):
-        self.rows, self.seed, self.shuffle = rows, seed, shuffle
+    def __init__(self, rows: Sequence[Row], seed: int):
+        self.rows, self.seed = rows, seed
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
     def where(self, position: int) -> tuple[int, int]:
         """(epoch, index of the row) of a position."""
         epoch, within = divmod(position, len(self.rows))
         if epoch != self._epoch:
-            order = np.arange(len(self.rows))
-            self._order = np.random.default_rng([self.seed, 3, epoch]).permutation(order) if self.shuffle else order
+            self._order = np.random.default_rng([self.seed, 3, epoch]).permutation(len(self.rows))
             self._epoch = epoch
         return epoch, int(self._order[within])
 
@@ -507,37 +505,12 @@ class RowStream:
         return epoch, index, self.rows[index]
 
 
-class StreamedRows:
-    """The same for a data set that is only iterated: rows come in its order, and it starts over when it ends.
-
-    Args: open_rows() -> a new iterator over usable rows, which counts what it leaves out in `dropped`, by reason.
-    """
-
-    def __init__(self, open_rows, dropped: Counter | None = None):
-        self.open_rows, self.dropped = open_rows, dropped
-        self._rows, self._next, self._cache = self._epochs(), 0, {}
-
-    def _epochs(self) -> Iterator[tuple[int, int, Row]]:
-        for epoch in itertools.count():
-            index = -1
-            for index, row in enumerate(self.open_rows()):
-                yield epoch, index, row
-            if index < 0:
-                raise ValueError("the streamed data set has no usable row")
-
-    def __getitem__(self, position: int) -> tuple[int, int, Row]:
-        if position < self._next and position not in self._cache:  # an earlier window is made again
-            self._rows, self._next, self._cache = self._epochs(), 0, {}
-        while self._next <= position:
-            self._cache[self._next] = next(self._rows)
-            self._cache.pop(self._next - 100_000, None)
-            self._next += 1
-        return self._cache[position]
-
-
 @dataclass
 class Encoder:
-    """Rows -> prompt and completion ids of both models. `teacher` is None when there is no teacher."""
+    """Rows -> prompt and completion ids of both models. `teacher` is None when there is no teacher.
+
+    Once windows are made, tokenizers are used by the thread that makes them and by no other: encoding changes them.
+    """
 
     student: Vocabulary
     teacher: Vocabulary | None
@@ -545,13 +518,20 @@ class Encoder:
     cross_tokenizer: bool
     prefix: bool
 
-    def prompts(self, row: Row) -> tuple[list[int], list[int]]:
-        """(student, teacher) prompt ids, each by its own chat template."""
-        both = (self.student, self.teacher)
-        return tuple([] if v is None else gold_data.encode_prompt(v.tokenizer, row.prompt) for v in both)
+    def prompts(self, row: Row) -> tuple[list[int], list[int], str | None]:
+        """(student's prompt ids, teacher's, the answer that the row has for them)"""
+        tokenizers = [v.tokenizer for v in (self.student, self.teacher) if v is not None]
+        texts, answer = gold_data.prompts(tokenizers, row)
+        student, *teacher = (gold_data.encode_texts(t, [text])[0] for t, text in zip(tokenizers, texts))
+        return student, teacher[0] if teacher else [], answer
 
     def completion(self, text: str, whole: bool = True) -> tuple[list[int], bool]:
-        """(ids, finished): the student's ids of a written completion; a cut one has no end, so none is trained."""
+        """(ids, finished): the student's ids of a written completion; a cut one has no end, so none is trained.
+
+        No more of a text is encoded than could be kept if all of its tokens were as long as the longest there is.
+        """
+        most = self.max_completion_length * int(self.student.lengths.max())
+        whole, text = whole and len(text) <= most, text[:most]
         ids, ends = self.student.encode(text.encode())
         whole = whole and (self.student.lossy or (int(ends[-1]) if len(ends) else 0) == len(text.encode()))
         ids = list(ids) + ([self.student.ends[0]] if whole else [])
@@ -588,11 +568,11 @@ class WindowBuffer:
     """Makes windows, `lag` of them ahead of training, in a thread of its own: the only one that uses the engine.
 
     Args:
-        rows: RowStream or StreamedRows.
+        rows: position -> (epoch, index, row), as of RowStream.
         sampler: answers on-policy prompts as `sampling` says; None if lmbda is 0.
         weights_of: () -> the student's state dict, as the sampler wants it.
         last_step: no window is made from this step on.
-        teacher_answers: for seq_kd, (epoch, index, row) of off-policy rows -> completions written by the teacher.
+        teacher_answers: for seq_kd, (epoch, index, teacher's prompt ids) of off-policy rows -> completions.
         dtype: of the weights' copy with lag > 0.
     """
 
@@ -648,17 +628,17 @@ class WindowBuffer:
         """The window of `step`, sampled from `weights`, those of `version` finished steps."""
         start, seconds, samples = time.perf_counter(), {"sync": 0.0}, []
         requests: list[tuple[Sample, Request]] = []
-        answers: list[tuple[Sample, tuple[int, int, Row]]] = []
+        answers: list[tuple[Sample, int, str | None]] = []  # with epoch and the row's own text
         for slot in slots:
             found = [self.rows[position] for position in slot.rows]
             for j, seed in enumerate(slot.seeds):
-                where = found[0 if slot.on_policy else j]
-                prompt, teacher_prompt = self.encoder.prompts(where[2])
-                samples.append(Sample(prompt, [], False, slot.on_policy, teacher_prompt, version=step, row=where[1]))
+                epoch, index, row = found[0 if slot.on_policy else j]
+                prompt, teacher_prompt, text = self.encoder.prompts(row)
+                samples.append(Sample(prompt, [], False, slot.on_policy, teacher_prompt, version=step, row=index))
                 if slot.on_policy:
                     requests.append((samples[-1], Request(prompt, seed)))
                 else:
-                    answers.append((samples[-1], where))
+                    answers.append((samples[-1], epoch, text))
         if requests or (self.sampler and self.sampler.collective):
             self.sampler.load_weights(weights, version)
             seconds["sync"] = time.perf_counter() - start
@@ -668,10 +648,10 @@ class WindowBuffer:
                 sample.completion_ids, sample.finished = ids, rollout.finished and len(ids) == len(rollout.logprobs)
                 sample.logprobs, sample.version = rollout.logprobs[: len(ids)], rollout.version
             self.sampler.sleep()
-        texts = [(row.completion, True) for _, (_, _, row) in answers]
+        texts = [(text, True) for *_, text in answers]
         if self.teacher_answers is not None:
-            texts = self.teacher_answers([where for _, where in answers])
-        for (sample, _), (text, whole) in zip(answers, texts):
+            texts = self.teacher_answers([(epoch, s.row, s.teacher_prompt_ids) for s, epoch, _ in answers])
+        for (sample, *_), (text, whole) in zip(answers, texts):
             sample.completion_ids, sample.finished = self.encoder.completion(text, whole)
         for sample in samples:
             self.encoder.align(sample)
@@ -1057,15 +1037,11 @@ class TeacherAnswers:
                     entry = json.loads(line)
                     self.known[entry["epoch"], entry["row"]] = (entry["completion"], entry["finished"])
 
-    def __call__(self, wanted: list[tuple[int, int, Row]]) -> list[tuple[str, bool]]:
-        """(text, whether the teacher ended it) for each (epoch, index, row)."""
-        new = {(epoch, index): row for epoch, index, row in wanted if (epoch, index) not in self.known}
-        requests = [
-            Request(
-                gold_data.encode_prompt(self.vocabulary.tokenizer, row.prompt),
-                int(np.random.SeedSequence([self.seed, 4, *where]).generate_state(1)[0]),
-            ) for where, row in new.items()
-        ]  # fmt: skip
+    def __call__(self, wanted: list[tuple[int, int, list[int]]]) -> list[tuple[str, bool]]:
+        """(text, whether the teacher ended it) for each (epoch, index of the row, the teacher's prompt ids)."""
+        new = {(epoch, index): ids for epoch, index, ids in wanted if (epoch, index) not in self.known}
+        seed = lambda where: int(np.random.SeedSequence([self.seed, 4, *where]).generate_state(1)[0])
+        requests = [Request(ids, seed(where)) for where, ids in new.items()]
         rollouts = self.teacher.generate(requests, self.sampling) if requests else []
         for (epoch, index), r in zip(new, rollouts):
             content = self.vocabulary.join(r.completion_ids[: len(r.completion_ids) - r.finished])

@@ -370,7 +370,7 @@ def _row_features(feature_fn: Callable, side: Side, chunk: int | None) -> tuple[
 def token_logprobs(side: Side, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Log probability (N,) float64 of each row's own token, with gradient, and the entropy (N,) of each row's law."""
     entropy, logp = _row_features(
-        lambda logp, rows: (logp.gather(1, side.ids[rows, None])[:, 0].double(),), side, chunk
+        lambda logp, rows: (logp.gather(1, side.ids[rows, None])[:, 0].double().clamp_min(FLOOR),), side, chunk
     )
     return logp, entropy
 
@@ -696,7 +696,7 @@ def prefix_loss(
         teacher_law, _ = text_law(teacher, teacher_queries)
 
     # what one vocabulary cannot write at all is part of "anything else" for both
-    shared = ((student_law > 0) & (teacher_law > 0)).nonzero()[:, 0]
+    shared = ((student_law != 0) & (teacher_law != 0)).nonzero()[:, 0]  # NaN stays
     logq, logp, offset = student_law[shared].log(), teacher_law[shared].log(), offset[shared]
 
     def anything_else(law):
