@@ -628,15 +628,13 @@ def too_long(tokenizer, texts: list[str], room: int) -> list[bool]:
             sizes[i] -= sum(len(found) - 1 for found in special.findall(text))
         out.append(sizes[i] + 2 > room)
     unsure = [i for i, text in enumerate(texts) if out[i] and len(text) <= room * longest]
-    for i, ids in zip(unsure, encode_texts(tokenizer, [texts[i] for i in unsure])):
+    for i, ids in zip(unsure, encode_texts(tokenizer, [texts[i] for i in unsure]) if unsure else ()):
         out[i] = len(ids) > room
     return out
 
 
 def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids of prompts, each with exactly one beginning-of-text token where the tokenizer uses one."""
-    if not texts:
-        return []
     out, bos = tokenizer(texts, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
     if bos is None:
         return out

@@ -260,6 +260,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
         for name, value in ((name, getattr(cfg, name)) for name in names.split()):
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name} must be in [{least}, {most}]: got {value}")
+    template_options(cfg.student_template_options), template_options(cfg.teacher_template_options)
     c, batch, slots = cfg, cfg.per_device_train_batch_size, slots_per_window(cfg)
     made, used, group = slots * c.num_generations, batch * c.gradient_accumulation_steps, c.vllm_tensor_parallel_size
     engine = gold_buffer.choose_sampler(c.sampler)[0] if c.lmbda > 0 else ""
@@ -303,8 +304,6 @@ def check(cfg: Config, ranks: Ranks) -> None:
         "eval_gpu is auto, same, cpu or an index": c.eval_gpu in ("auto", "same", "cpu") or c.eval_gpu.isdigit(),
         f"--wandb-mode {c.wandb_mode} needs wandb: pip install wandb": wandb,
     }
-    for text in (c.student_template_options, c.teacher_template_options):
-        template_options(text)
     for message, ok in rules.items():
         if not ok:
             raise ValueError(message)
@@ -489,7 +488,7 @@ def distill(
 
     If anything of the teacher's or the loss itself is not finite, the total and the gradient of every row are NaN.
     """
-    start, teacher, device = time.perf_counter(), parts.teacher, student.hidden.device
+    stop, teacher, device = stats.clock("timing/teacher", student.hidden.device), parts.teacher, student.hidden.device
     if isinstance(teacher, gold_buffer.ServedTeacher):
         lengths = batch.teacher_mask.sum(1).tolist()
         sequences = [ids[:n].tolist() for ids, n in zip(batch.teacher_ids, lengths)]
@@ -498,14 +497,12 @@ def distill(
         bad = torch.zeros((), device=device)  # what a server tells is refused if it is not finite
     else:
         hidden = teacher.hidden(batch.teacher_ids, batch.teacher_rows).to(device)
-        if hidden.is_cuda:
-            torch.cuda.synchronize()  # or its time would be counted where the next value is read
         bad = (~hidden.isfinite()).sum()
         stats.add("nonfinite/teacher", bad)
         theirs = gold_loss.Side(
             hidden, parts.teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature
         )
-    stats.add("timing/teacher", time.perf_counter() - start)
+    stop()
     loss, sample = parts.pairing.compare(student, theirs, batch)
     # no comparison with NaN is true, so a loss can lose sight of it; the gradient's norm is looked at on every rank
     wrong = (bad > 0) | ~loss.values.isfinite().all() | ~loss.total.detach().isfinite()
@@ -535,15 +532,15 @@ def micro_batch_loss(cfg: Config, parts: Parts, batch: gold_data.Batch, counts, 
         total = total + loss.total / counts[0]
         stats.add("jsd", loss.values.sum())
         on_policy = batch.on_policy[sample]
-        stats.add("jsd_on", loss.values[on_policy].sum())
-        stats.add("jsd_off", loss.values[~on_policy].sum())
+        stats.add("jsd_on", loss.values.where(on_policy, 0.0).sum())  # an index by a mask would wait for the GPU
+        stats.add("jsd_off", loss.values.where(~on_policy, 0.0).sum())
         token_on = batch.on_policy[batch.student_sample[batch.scored]]
         stats.add("tokens_on", token_on.sum())
         stats.add("tokens_off", (~token_on).sum())
         stats.mean("actor/entropy", loss.stats["entropy"])
         theirs = batch.sampler_logprobs[batch.scored if loss.rows is None else batch.scored[loss.rows]]
         drift = (loss.stats["logprob"] - theirs).abs()
-        stats.mean("gold/drift", drift[drift.isfinite()])
+        stats.mean("gold/drift", drift, drift.isfinite())
         for name in ("teacher_mass", "student_mass", "matched", "unmatched"):
             if name in loss.stats:
                 stats.mean(f"actor/{name}", loss.stats[name])
@@ -565,20 +562,33 @@ class Stats:
     def __init__(self):
         self.sums: dict[str, Tensor | float] = {}
         self.largest: dict[str, float] = {}
+        self.late: list[Callable] = []  # what reads a GPU's clock, at the end: nobody waits for it in between
 
     def add(self, name: str, value) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def mean(self, name: str, values) -> None:
+    def mean(self, name: str, values, where: Tensor | None = None) -> None:
         values = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.float32)
-        self.add(f"{name}|sum", values.sum())
-        self.add(f"{name}|count", float(values.numel()))
+        self.add(f"{name}|sum", values.sum() if where is None else values.where(where, 0.0).sum())
+        self.add(f"{name}|count", float(values.numel()) if where is None else where.sum())
+
+    def clock(self, name: str, device: torch.device) -> Callable[[], None]:
+        """Starts a clock; calling the result stops it and adds the seconds."""
+        if device.type != "cuda":
+            start = time.perf_counter()
+            return lambda: self.add(name, time.perf_counter() - start)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.late.append(lambda: self.add(name, begin.elapsed_time(end) / 1000))
+        begin.record()
+        return end.record
 
     def max(self, name: str, value: float) -> None:
         self.largest[name] = max(self.largest.get(name, -math.inf), value)
 
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Over all ranks, which must have been told of the same names; a mean of nothing is left out."""
+        for read in self.late:
+            read()
         names, most = sorted(self.sums), sorted(self.largest)
         sums = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names])
         largest = torch.tensor([self.largest[n] for n in most], device=device)
@@ -880,7 +890,7 @@ def open_sampler(cfg: Config, student, device: torch.device, say):
         if cfg.lag > 0:  # windows are sampled while the original is trained
             student = copy.deepcopy(student).to(cfg.sampler_device or device, dtype).eval().requires_grad_(False)
         return gold_buffer.HFSampler(student, own=cfg.lag > 0, dtype=dtype)
-    with gold_buffer.engine_stream():
+    with torch.cuda.stream(gold_buffer.engine_stream()):
         sampler = gold_buffer.VLLMSampler(
             cfg.student_model, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size,
             cfg.student_revision, deadline=cfg.vllm_deadline, sleep=cfg.lag == 0,
@@ -901,10 +911,10 @@ def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
 
 
 SAME_RUN = (
-    "student_model teacher_model student_revision teacher_revision dataset subset split eval_ratio rows_hash "
-    "max_length max_completion_length num_generations lmbda seq_kd temperature top_p top_k min_p lag loss beta "
-    "jsd_scale loss_temperature ce_weight weight_decay seed window steps student_template_options "
-    "teacher_template_options"
+    "student_model teacher_model student_revision teacher_revision student_template_options "
+    "teacher_template_options dataset subset split eval_ratio rows_hash max_length max_completion_length "
+    "num_generations lmbda seq_kd temperature top_p top_k min_p lag loss beta jsd_scale loss_temperature "
+    "ce_weight weight_decay seed window steps"
 ).split()  # the other flags may change with a resume, which says so
 
 
@@ -951,22 +961,22 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Everything before the first step. Most mistakes show before any weights are read, each as a ValueError."""
     device, master, out = ranks.device, ranks.rank == 0, Path(cfg.output_dir)
     checkpoint = newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
-    day = torch.load(checkpoint / "trainer.pt", mmap=True)["run"]["day"] if checkpoint else gather(str(date.today()))[0]
-    vocabulary, teacher_vocabulary = (
-        gold_data.load_vocabulary(name, revision, template_options(options), day) if name else None
-        for name, revision, options in (
-            (cfg.student_model, cfg.student_revision, cfg.student_template_options),
-            (cfg.teacher_model, cfg.teacher_revision, cfg.teacher_template_options),
-        )
-    )
-    pairing = pair(cfg, vocabulary, teacher_vocabulary, device) if teacher_vocabulary else None
-    loss, cross = pairing.loss if pairing else "cross entropy only", pairing is not None and pairing.loss != "jsd"
+    day = gather(str(date.today()))[0]  # that chat templates write: the day on which the run began
+    if checkpoint:
+        day = torch.load(checkpoint / "trainer.pt", weights_only=True, mmap=True)["run"]["day"]
+    options = template_options(cfg.student_template_options)
+    vocabulary = gold_data.load_vocabulary(cfg.student_model, cfg.student_revision, options, day)
+    teacher_vocabulary = pairing = None
+    if cfg.teacher_model:
+        options = template_options(cfg.teacher_template_options)
+        teacher_vocabulary = gold_data.load_vocabulary(cfg.teacher_model, cfg.teacher_revision, options, day)
+        pairing = pair(cfg, vocabulary, teacher_vocabulary, device)
+    gold_buffer.check_positions(cfg.student_model, cfg.student_revision, cfg.max_length)
+    if pairing and pairing.loss == "jsd" and not cfg.teacher_url:  # other tokenizers need more or fewer tokens
+        gold_buffer.check_positions(cfg.teacher_model, cfg.teacher_revision, cfg.max_length)
+    rows, held = in_turn(ranks, functools.partial(load_data, cfg, vocabulary, teacher_vocabulary, say))
+    cross, loss = pairing is not None and pairing.loss != "jsd", pairing.loss if pairing else "cross entropy only"
     encoder = gold_buffer.Encoder(vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, loss == "prefix")
-    if ranks.local_rank > 0:
-        wait_for_all()  # one rank per node looks through the data, the others read what it found from the cache
-    rows, held = load_data(cfg, vocabulary, teacher_vocabulary, say)
-    if ranks.local_rank == 0:
-        wait_for_all()
     if master:
         say_example(rows, encoder, pairing, say)
     slots = slots_per_window(cfg)
@@ -993,18 +1003,10 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
         answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
     buffer = gold_buffer.WindowBuffer(
-        schedule,
-        gold_buffer.RowStream(rows, cfg.seed),
-        encoder,
-        sampler,
-        sampling,
-        student.state_dict,
-        max_steps,
-        cfg.lag,
-        answers,
-        dtype,
-    )
-    derived = {"loss": loss, "window": slots * ranks.world_size, "rows_hash": rows.hash, "steps": max_steps, "day": day}
+        schedule, gold_buffer.RowStream(rows, cfg.seed), encoder, sampler, sampling, student.state_dict, max_steps,
+        cfg.lag, answers, dtype,
+    )  # fmt: skip
+    derived = {"loss": loss, "window": slots * ranks.world_size, "steps": max_steps, "rows_hash": rows.hash, "day": day}
     identity = asdict(cfg) | derived
     run = Run(parts, student, tokenizer, optimizer, buffer, held, identity, max_steps)
     if checkpoint:

@@ -195,7 +195,7 @@ class Reader:
     def load_weights(self, weights, version):
         self.seen = weights["w"].clone()
 
-    def generate(self, requests):
+    def generate(self, requests, sampling):
         return [gold_buffer.Rollout([5], [-1.0], False, int(self.seen.max().item())) for _ in requests]
 
     def check(self):
@@ -218,7 +218,8 @@ def streams() -> None:
         reader, torn, before = Reader(), 0, torch.cuda.current_stream() if CUDA else None
         encoder = gold_buffer.Encoder(vocabulary, vocabulary, 8, False, False)
         schedule = gold_buffer.Schedule(0, 1.0, 1, 1)
-        buffer = gold_buffer.WindowBuffer(schedule, rows, encoder, reader, lambda: {"w": weight}, 9, lag)
+        sampling, weights_of = gold_buffer.Sampling(1), lambda: {"w": weight}
+        buffer = gold_buffer.WindowBuffer(schedule, rows, encoder, reader, sampling, weights_of, 9, lag)
         for step in range(1 + lag, 9):
             for _ in range(20):
                 busy @ busy
@@ -331,7 +332,7 @@ def train() -> None:
                 warnings.simplefilter("always")
                 micro()
             torch.cuda.set_sync_debug_mode("default")
-            line("train", f"{title}: host synchronisations", len(seen), 0, 6)
+            line("train", f"{title}: host synchronisations", len(seen), 0, 3)
         cfg = student = parts = optimizer = batch = None
 
 
@@ -339,12 +340,12 @@ def sampler() -> None:
     new, prompt, ranges = 64, 100, {1: (20, 120), 16: (300, 1800), 64: (1200, 7000), 256: (4000, 25_000)}
     if TINY:
         new, prompt, ranges = 4, 5, {2: (0, math.inf)}
-    hf = gold_buffer.HFSampler(make("qwen2.5-0.5b", torch.float32), gold_buffer.Sampling(new), dtype=DTYPE)
+    hf, how = gold_buffer.HFSampler(make("qwen2.5-0.5b", torch.float32), dtype=DTYPE), gold_buffer.Sampling(new)
     for size, limits in ranges.items():
         requests = [gold_buffer.Request([5 + i % 50] * prompt, i) for i in range(size)]
-        hf.generate(requests[:1])
+        hf.generate(requests[:1], how)
         start = time.perf_counter()
-        written = sum(len(r.completion_ids) for r in hf.generate(requests))
+        written = sum(len(r.completion_ids) for r in hf.generate(requests, how))
         line("sampler", f"hf, {size} prompts: tokens/s", written / (time.perf_counter() - start), *limits)
 
 
