@@ -15,7 +15,6 @@ import gc
 import http.client
 import importlib.util
 import inspect
-import itertools
 import json
 import math
 import multiprocessing.connection
@@ -29,8 +28,8 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections import Counter
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Listener
@@ -119,8 +118,21 @@ class HFSampler:
         self.model = model
         on = self.device.type == "cuda" and dtype == torch.bfloat16
         self.autocast = torch.autocast("cuda", torch.bfloat16) if on else contextlib.nullcontext()
-        with self.autocast:
-            check_cache(self.model)
+        self.exact = not on and model.dtype != torch.bfloat16
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        """Raises ValueError if a padded row that stays while another leaves is not continued as without a cache."""
+        pair, ends = [Request([4, 3, 2, 1], 0), Request([1, 2, 3, 4, 5, 6, 7], 1)], ()
+        try:
+            for _ in range(2):  # the second time, the second row ends first
+                rollout, other = self.generate(pair, Sampling(3, end_ids=ends))
+                ends = (other.completion_ids[0],)
+            known = self.score([pair[0].prompt_ids + rollout.completion_ids])[0][3:]
+        except (AttributeError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"{type(self.model).__name__}: the hf sampler cannot use its cache ({e})") from e
+        if np.abs(known - rollout.logprobs).mean() > (0.002 if self.exact else 0.5):
+            raise ValueError(f"{type(self.model).__name__}: batches of the hf sampler would be wrong: --sampler vllm")
 
     def load_weights(self, weights: dict[str, Tensor], version: int) -> None:
         """Sample from these weights from now on."""
@@ -174,8 +186,11 @@ class HFSampler:
         room = put([min(s.max_new_tokens, self.limit - len(r.prompt_ids)) for r in requests])
         ends, alive = put(s.end_ids, dtype=torch.long), torch.arange(len(requests), device=self.device)
         cache, steps = DynamicCache(config=self.model.config), []
+        recurrent = "cache_params" in inspect.signature(self.model.forward).parameters  # swallows what it does not know
+        known = {"cache_params" if recurrent else "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         for t in range(s.max_new_tokens):
-            z = next_logits(self.model, cache, ids, mask, position)
+            seen = mask[:, -ids.size(1) :] if recurrent else mask
+            z = self.model(input_ids=ids, attention_mask=seen, position_ids=position, **known).logits[:, -1].float()
             token = _draw(z, uniform[alive, t], s)
             steps.append((alive, token, z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)))
             going = ~torch.isin(token, ends) & (t + 1 < room[alive])
@@ -260,7 +275,7 @@ class VLLMSampler:
     def __init__(
         self, model: str, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
         revision: str | None = None, max_num_seqs: int = 256, deadline: float = 1800.0, sleep: bool = False,
-        enforce_eager: bool = False, load_format: Literal["dummy", "auto"] = "dummy",
+        load_format: Literal["dummy", "auto"] = "dummy",
     ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -288,7 +303,7 @@ class VLLMSampler:
             self.llm = LLM(
                 model=model, revision=revision, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
                 tensor_parallel_size=tensor_parallel, enable_sleep_mode=self.use_sleep,
-                enforce_eager=enforce_eager or not torch.cuda.is_available(),  # compiling for a CPU takes too long
+                enforce_eager=not torch.cuda.is_available(),  # compiling for a CPU takes too long
                 max_num_batched_tokens=max(4096, max_model_len),  # larger ones mislead the memory profiler
                 load_format=load_format, skip_tokenizer_init=True, generation_config="vllm", **extra,
             )  # fmt: skip
@@ -467,7 +482,7 @@ class Schedule:
     def steps_for(self, rows: int) -> int:
         """Fewest steps after which the first `rows` of the stream have all been used."""
         per_step = self.slots * self.world_size
-        return next(step for step in itertools.count() if self.rows_before(step * per_step) >= rows)
+        return bisect_left(range(2**62), rows, key=lambda step: self.rows_before(step * per_step))
 
     def draw(self, step: int) -> list[Slot]:
         first = (step * self.world_size + self.rank) * self.slots
@@ -484,16 +499,15 @@ class Schedule:
 class RowStream:
     """Rows of a data set, numbered over all epochs; each epoch is a new permutation of all of them."""
 
-    def __init__(self, rows: list[Row], seed: int, shuffle: bool = True):
-        self.rows, self.seed, self.shuffle = rows, seed, shuffle
+    def __init__(self, rows: Sequence[Row], seed: int):
+        self.rows, self.seed = rows, seed
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
     def where(self, position: int) -> tuple[int, int]:
         """(epoch, index of the row) of a position."""
         epoch, within = divmod(position, len(self.rows))
         if epoch != self._epoch:
-            order = np.arange(len(self.rows))
-            self._order = np.random.default_rng([self.seed, 3, epoch]).permutation(order) if self.shuffle else order
+            self._order = np.random.default_rng([self.seed, 3, epoch]).permutation(len(self.rows))
             self._epoch = epoch
         return epoch, int(self._order[within])
 
@@ -502,37 +516,12 @@ class RowStream:
         return epoch, index, self.rows[index]
 
 
-class StreamedRows:
-    """The same for a data set that is only iterated: rows come in its order, and it starts over when it ends.
-
-    Args: open_rows() -> a new iterator over usable rows, which counts what it leaves out in `dropped`, by reason.
-    """
-
-    def __init__(self, open_rows, dropped: Counter | None = None):
-        self.open_rows, self.dropped = open_rows, dropped
-        self._rows, self._next, self._cache = self._epochs(), 0, {}
-
-    def _epochs(self) -> Iterator[tuple[int, int, Row]]:
-        for epoch in itertools.count():
-            index = -1
-            for index, row in enumerate(self.open_rows()):
-                yield epoch, index, row
-            if index < 0:
-                raise ValueError("the streamed data set has no usable row")
-
-    def __getitem__(self, position: int) -> tuple[int, int, Row]:
-        if position < self._next and position not in self._cache:  # an earlier window is made again
-            self._rows, self._next, self._cache = self._epochs(), 0, {}
-        while self._next <= position:
-            self._cache[self._next] = next(self._rows)
-            self._cache.pop(self._next - 100_000, None)
-            self._next += 1
-        return self._cache[position]
-
-
 @dataclass
 class Encoder:
-    """Rows -> prompt and completion ids of both models. `teacher` is None when there is no teacher."""
+    """Rows -> prompt and completion ids of both models. `teacher` is None when there is no teacher.
+
+    Once windows are made, tokenizers are used by the thread that makes them and by no other: encoding changes them.
+    """
 
     student: Vocabulary
     teacher: Vocabulary | None
@@ -540,13 +529,20 @@ class Encoder:
     cross_tokenizer: bool
     prefix: bool
 
-    def prompts(self, row: Row) -> tuple[list[int], list[int]]:
-        """(student, teacher) prompt ids, each by its own chat template."""
-        both = (self.student, self.teacher)
-        return tuple([] if v is None else gold_data.encode_prompt(v.tokenizer, row.prompt) for v in both)
+    def prompts(self, row: Row) -> tuple[list[int], list[int], str | None]:
+        """(student's prompt ids, teacher's, the answer that the row has for them)"""
+        tokenizers = [v.tokenizer for v in (self.student, self.teacher) if v is not None]
+        texts, answer = gold_data.prompts(tokenizers, row)
+        student, *teacher = (gold_data.encode_texts(t, [text])[0] for t, text in zip(tokenizers, texts))
+        return student, teacher[0] if teacher else [], answer
 
     def completion(self, text: str, whole: bool = True) -> tuple[list[int], bool]:
-        """(ids, finished): the student's ids of a written completion; a cut one has no end, so none is trained."""
+        """(ids, finished): the student's ids of a written completion; a cut one has no end, so none is trained.
+
+        No more of a text is encoded than could be kept if all of its tokens were as long as the longest there is.
+        """
+        most = self.max_completion_length * int(self.student.lengths.max())
+        whole, text = whole and len(text) <= most, text[:most]
         ids, ends = self.student.encode(text.encode())
         whole = whole and (self.student.lossy or (int(ends[-1]) if len(ends) else 0) == len(text.encode()))
         ids = list(ids) + ([self.student.ends[0]] if whole else [])
@@ -566,59 +562,48 @@ class Encoder:
         return sample
 
 
-def _copies(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Copies of a state dict; what is tied is copied once."""
-    kind = lambda v: dtype if dtype is not None and v.is_floating_point() else v.dtype
-    once = {(v.data_ptr(), v.shape): v for v in weights.values()}
-    once = {k: v.detach().to(kind(v), copy=True) for k, v in once.items()}
+def _copies(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of a state dict, numbers in this dtype; what is tied is copied once."""
+    once = {(v.data_ptr(), v.shape): v.detach() for v in weights.values()}
+    once = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True) for k, v in once.items()}
     return {k: once[v.data_ptr(), v.shape] for k, v in weights.items()}
 
 
 @functools.cache
-def _stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()
-
-
-def engine_stream():
-    """Around making an engine and the thread that uses it, a context with a CUDA stream that is nobody else's.
-
-    vLLM remembers the stream that it was made on. On the main thread's, decoding would queue behind training.
-    """
-    return torch.cuda.stream(_stream()) if torch.cuda.is_available() else contextlib.nullcontext()
+def engine_stream() -> "torch.cuda.Stream | None":
+    """For making an engine, which remembers it, and for the thread that uses it: training queues on another one."""
+    return torch.cuda.Stream() if torch.cuda.is_available() else None
 
 
 class WindowBuffer:
     """Makes windows, `lag` of them ahead of training, in a thread of its own: the only one that uses the engine.
 
     Args:
-        rows: RowStream or StreamedRows.
+        rows: position -> (epoch, index, row), as of RowStream.
         sampler: answers on-policy prompts as `sampling` says; None if lmbda is 0.
         weights_of: () -> the student's state dict, as the sampler wants it.
         last_step: no window is made from this step on.
-        teacher_answers: for seq_kd, (epoch, index, row) of off-policy rows -> completions written by the teacher.
-        dtype: of the weights' copy with lag > 0; None: their own.
+        teacher_answers: for seq_kd, (epoch, index, teacher's prompt ids) of off-policy rows -> completions.
+        dtype: of the weights' copy with lag > 0.
     """
 
     def __init__(
         self, schedule: Schedule, rows, encoder: Encoder, sampler, sampling: Sampling, weights_of, last_step: int,
-        lag: int = 0, teacher_answers=None, dtype: torch.dtype | None = None,
+        lag: int = 0, teacher_answers=None, dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         self.schedule, self.rows, self.encoder = schedule, rows, encoder
         self.sampler, self.sampling = sampler, sampling
         self.weights_of, self.last_step, self.lag, self.teacher_answers = weights_of, last_step, lag, teacher_answers
         self.dtype, self.pending = dtype, {}  # windows on the way, by step
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None  # each thread has its own
-        threading.Thread(target=self._work, args=(device,), daemon=True, name="sampler").start()
+        threading.Thread(target=self._work, args=(engine_stream(),), daemon=True, name="sampler").start()
 
-    def _work(self, device: int | None) -> None:
-        if device is not None:
-            torch.cuda.set_device(device)
-        with engine_stream():
+    def _work(self, stream) -> None:
+        with torch.cuda.stream(stream):
             for future, ready, args in iter(self.queue.get, None):
                 try:
                     if ready is not None:
-                        ready.synchronize()  # the optimizer step that these weights come from, on another stream
+                        ready.synchronize()  # the optimizer step that these weights come from is on another stream
                     future.set_result(self.make(*args))
                 except BaseException as e:  # noqa: BLE001  raised by get
                     future.set_exception(e)
@@ -631,14 +616,12 @@ class WindowBuffer:
         """
         new = [s for s in range(step, min(step + self.lag + 1, self.last_step)) if s not in self.pending]
         drawn = {s: self.schedule.draw(s) for s in new}
-        weights = ready = None
+        weights = None
         if drawn and self.sampler is not None:
             weights = self.weights_of()
             if self.lag:  # training goes on while they are used
                 weights = _copies(weights, self.dtype)
-        if torch.cuda.is_available():
-            ready = torch.cuda.Event()
-            ready.record()
+        ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
         for ahead, slots in drawn.items():
             self.pending[ahead] = Future()
             self.queue.put((self.pending[ahead], ready, (ahead, slots, weights, step)))
@@ -656,17 +639,17 @@ class WindowBuffer:
         """The window of `step`, sampled from `weights`, those of `version` finished steps."""
         start, seconds, samples = time.perf_counter(), {"sync": 0.0}, []
         requests: list[tuple[Sample, Request]] = []
-        answers: list[tuple[Sample, tuple[int, int, Row]]] = []
+        answers: list[tuple[Sample, int, str | None]] = []  # with epoch and the row's own text
         for slot in slots:
             found = [self.rows[position] for position in slot.rows]
             for j, seed in enumerate(slot.seeds):
-                where = found[0 if slot.on_policy else j]
-                prompt, teacher_prompt = self.encoder.prompts(where[2])
-                samples.append(Sample(prompt, [], False, slot.on_policy, teacher_prompt, version=step, row=where[1]))
+                epoch, index, row = found[0 if slot.on_policy else j]
+                prompt, teacher_prompt, text = self.encoder.prompts(row)
+                samples.append(Sample(prompt, [], False, slot.on_policy, teacher_prompt, version=step, row=index))
                 if slot.on_policy:
                     requests.append((samples[-1], Request(prompt, seed)))
                 else:
-                    answers.append((samples[-1], where))
+                    answers.append((samples[-1], epoch, text))
         if requests or (self.sampler and self.sampler.collective):
             self.sampler.load_weights(weights, version)
             seconds["sync"] = time.perf_counter() - start
@@ -676,10 +659,10 @@ class WindowBuffer:
                 sample.completion_ids, sample.finished = ids, rollout.finished and len(ids) == len(rollout.logprobs)
                 sample.logprobs, sample.version = rollout.logprobs[: len(ids)], rollout.version
             self.sampler.sleep()
-        texts = [(row.completion, True) for _, (_, _, row) in answers]
+        texts = [(text, True) for *_, text in answers]
         if self.teacher_answers is not None:
-            texts = self.teacher_answers([where for _, where in answers])
-        for (sample, _), (text, whole) in zip(answers, texts):
+            texts = self.teacher_answers([(epoch, s.row, s.teacher_prompt_ids) for s, epoch, _ in answers])
+        for (sample, *_), (text, whole) in zip(answers, texts):
             sample.completion_ids, sample.finished = self.encoder.completion(text, whole)
         for sample in samples:
             self.encoder.align(sample)
@@ -734,7 +717,7 @@ def load_model(name: str, revision: str | None, dtype: torch.dtype, device: str)
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
     except OSError as e:
         raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
-    without_dropout(model)
+    without_dropout(model)  # a student is trained as it will be used, and a resumed run needs no generator state
     try:
         model.generation_config.validate(strict=True)  # as save_pretrained will, at the first checkpoint
     except ValueError:
@@ -744,10 +727,7 @@ def load_model(name: str, revision: str | None, dtype: torch.dtype, device: str)
 
 
 def without_dropout(model) -> None:
-    """A student is trained as it will be used, and a resumed run needs no generator state.
-
-    Many layers hold a probability as a plain number, and some read it from the configuration in each forward pass.
-    """
+    """Many layers hold a probability as a plain number, and some read the configuration's in each forward pass."""
     for module in model.modules():
         for holder in (module, getattr(module, "config", module)):
             for name, value in vars(holder).items():
@@ -784,43 +764,10 @@ def split_head(model) -> tuple[torch.nn.Module, dict]:
     model.train(training)
     if z.shape != own.shape or (z - own).abs().max() > 0.02 * own.abs().max() + 1e-3:
         raise ValueError(f"{type(model).__name__}: its logits are not those of its output matrix; this head is unknown")
-    if _apart(hidden[:, :5], other[:, :5]) > (0.1 if hidden.dtype == torch.bfloat16 else 1e-3):
+    moved = (hidden - other)[:, :5].float().std() / hidden.float().std()  # by experts, chosen in bf16, a little
+    if moved > (0.1 if hidden.dtype == torch.bfloat16 else 1e-3):
         raise ValueError(f"{type(model).__name__} sees the tokens that it should predict: it is not a causal model")
     return backbone, parts
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    """How far, as a share of how much b varies: experts of a mixture, chosen in bf16, make single entries jump."""
-    return ((a - b).float().std() / b.float().std()).item()
-
-
-def next_logits(model, cache, ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:
-    """(B, V) after ids (B, T), which `cache` will know then; the mask (B, all) is 0 for padding on the left."""
-    known = {"past_key_values": cache, "attention_mask": mask, "use_cache": True, "logits_to_keep": 1}
-    if "cache_params" in inspect.signature(model.forward).parameters:  # recurrent: swallows what it does not know
-        known |= {"cache_params": known.pop("past_key_values"), "attention_mask": mask[:, -ids.size(1) :]}
-    return model(input_ids=ids, position_ids=position, **known).logits[:, -1].float()
-
-
-@torch.no_grad()
-def check_cache(model) -> None:
-    """Raises ValueError if a padded row that stays while another leaves is not continued as without a cache."""
-    from transformers import DynamicCache
-
-    training, ids = model.training, torch.arange(16, device=model.device).view(2, 8) % 13 + 1
-    mask, cache = torch.ones_like(ids), DynamicCache(config=model.eval().config)
-    mask[1, :4] = 0
-    position = (mask.cumsum(1) - 1).clamp_min(0)
-    try:
-        both = next_logits(model, cache, ids[:, :7], mask[:, :7], position[:, :7])
-        cache.reorder_cache(torch.tensor([1], device=ids.device))
-        z = torch.cat([both[1:], next_logits(model, cache, ids[1:, 7:], mask[1:], position[1:, 7:])])
-        own = model(input_ids=ids[1:, 4:], use_cache=False).logits[0, -2:]
-    except (AttributeError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{type(model).__name__}: the hf sampler cannot use its cache ({e}): --sampler vllm") from e
-    model.train(training)
-    if _apart(z, own) > (0.1 if own.dtype == torch.bfloat16 else 0.005):
-        raise ValueError(f"{type(model).__name__}: the hf sampler's batches would be wrong: --sampler vllm")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -968,7 +915,6 @@ class ServedTeacher:
         url: http://host:port, with or without /v1
         model: what the server is expected to serve, as a name or directory.
         k: how many tokens per position; at most the server's --max-logprobs.
-        key: that the server asks for.
         timeout: seconds of one try, to its last byte; there are retries + 1, with pauses of 0.5, 1, 2, .. up to 20.
     Raises: ConnectionError if the server cannot be reached, ValueError if it serves or answers something else.
     """
@@ -1024,18 +970,13 @@ class ServedTeacher:
                 error = f"{type(e).__name__}: {e}"
                 continue
             error = f"{status} {data[:500].decode(errors='replace')}"
-            if status == 200:
-                found = answer.get(wanted) if isinstance(answer, dict) else None
-                if (
-                    not isinstance(found, list)
-                    or not found
-                    or not isinstance(found[0], int if wanted == "tokens" else dict)
-                ):
-                    raise ValueError(f"{self.url}{path} answered without {wanted!r}: {error}; is it vLLM?")
+            found = answer.get(wanted) if isinstance(answer, dict) else None
+            if isinstance(found, list) and found and isinstance(found[0], int if wanted == "tokens" else dict):
                 return found
             if status < 500 and status not in (408, 429):  # asking again would not help
+                what = f"answered without {wanted!r}, is it vLLM?" if status == 200 else "refused"
                 key = ": it asks for a key, see --teacher-key" if status in (401, 403) else ""
-                raise ValueError(f"{self.url}{path} refused: {error}{key}")
+                raise ValueError(f"{self.url}{path} {what}: {error}{key}")
         raise ConnectionError(
             f"the teacher at {self.url} did not answer {path} in {self.retries + 1} tries of {self.timeout:.0f} s: "
             f"{error}. Is it running (README, A served teacher)? The last checkpoint goes on with --resume."
@@ -1044,10 +985,8 @@ class ServedTeacher:
     def _complete(self, ids: list[int], **settings) -> dict:
         body = {"model": self.model, "prompt": ids, "add_special_tokens": False, "return_token_ids": True} | settings
         if (length := len(ids) + settings["max_tokens"]) > self.max_length:
-            raise ValueError(
-                f"{length} teacher tokens are more than the {self.max_length} that {self.url} takes: restart it with a "
-                "larger --max-model-len, or lower --max-length"
-            )
+            what = f"{length} teacher tokens are more than the {self.max_length} that {self.url} takes"
+            raise ValueError(f"{what}: restart it with a larger --max-model-len, or lower --max-length")
         choice = self._ask("/v1/completions", "choices", body)[0]
         if (read := choice.get("prompt_token_ids")) != ids:
             raise ValueError(f"{self.url} read other tokens than it was sent: {read} for {ids}")
@@ -1113,15 +1052,11 @@ class TeacherAnswers:
                     entry = json.loads(line)
                     self.known[entry["epoch"], entry["row"]] = (entry["completion"], entry["finished"])
 
-    def __call__(self, wanted: list[tuple[int, int, Row]]) -> list[tuple[str, bool]]:
-        """(text, whether the teacher ended it) for each (epoch, index, row)."""
-        new = {(epoch, index): row for epoch, index, row in wanted if (epoch, index) not in self.known}
-        requests = [
-            Request(
-                gold_data.encode_prompt(self.vocabulary.tokenizer, row.prompt),
-                int(np.random.SeedSequence([self.seed, 4, *where]).generate_state(1)[0]),
-            ) for where, row in new.items()
-        ]  # fmt: skip
+    def __call__(self, wanted: list[tuple[int, int, list[int]]]) -> list[tuple[str, bool]]:
+        """(text, whether the teacher ended it) for each (epoch, index of the row, the teacher's prompt ids)."""
+        new = {(epoch, index): ids for epoch, index, ids in wanted if (epoch, index) not in self.known}
+        seed = lambda where: int(np.random.SeedSequence([self.seed, 4, *where]).generate_state(1)[0])
+        requests = [Request(ids, seed(where)) for where, ids in new.items()]
         rollouts = self.teacher.generate(requests, self.sampling) if requests else []
         for (epoch, index), r in zip(new, rollouts):
             content = self.vocabulary.join(r.completion_ids[: len(r.completion_ids) - r.finished])

@@ -9,16 +9,22 @@ vocabularies (token id <-> bytes), alignment (spans, shared bins, the queries of
 This file knows nothing about logits, models, lmbda, vLLM, or ranks.
 """
 
+import contextlib
+import functools
+import glob
+import hashlib
 import json
 import math
+import os
 import random
 import re
 import sys
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -33,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": str}
 
 # ----------------------------------------------------------------------------------------------------------------------
-# rows
+# rows: they stay in the data set; memory holds an index of the usable ones
 
 
 @dataclass(frozen=True)
@@ -44,200 +50,373 @@ class Row:
     completion: str | None = None
     answer: Any = None
     meta: dict = field(default_factory=dict)
+    thoughts: Message = field(default_factory=dict)  # reasoning_content beside the completion: see `prompts`
 
     @property
-    def key(self) -> str:
+    def key(self) -> int:
         """Equal for rows that ask the same question."""
-        return json.dumps([m["content"] for m in self.prompt if m["role"] == "user"])
+        return _hash([m["content"] for m in self.prompt if m["role"] == "user"])
+
+
+def _hash(value) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "big", signed=True)
 
 
 class Unusable(ValueError):
     """This row cannot be used; the message is the reason that is counted."""
 
 
+COLUMNS = ("messages", "conversations", "prompt", "problem", "question", "nums")
+TEXTS = {*COLUMNS, "completion", "generations", "solution", "generated_solution"} - {"nums"}
+ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("system", "developer", "user", "assistant", "tool")}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what chat templates call it
+
+
+def _text(value, what: str) -> str:
+    """A text as it is, a whole number in digits, the parts of a list joined if all of them are texts."""
+    if isinstance(value, (list, tuple)):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in value]
+        if not all(isinstance(part, str) for part in parts):
+            raise Unusable(f"{what} with parts that are no text")
+        value = "".join(parts)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise Unusable(f"no {what}" if value is None else f"{what} is no text ({type(value).__name__})")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise Unusable(f"{what} with half a character (a lone surrogate)")
+    return value
+
+
+def _messages(value) -> list[Message]:
+    """Role, content and thoughts of every message of a list, or of its JSON text, also under ShareGPT's names."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Unusable("messages are text, but no JSON") from None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(m, dict) for m in value):
+        raise Unusable("messages are no list of objects")
+    out = []
+    for m in value:
+        role = m.get("role") or m.get("from")
+        content = m.get("value") if m.get("content") is None else m["content"]
+        if not isinstance(role, str) or role not in ROLES:
+            raise Unusable(f"a message of the unknown role {role!r:.40}" if role else "a message without a role")
+        if m.get("tool_calls") or m.get("function_call"):
+            raise Unusable("a tool call")
+        thoughts = {k: _text(m[k], k) for k in THOUGHTS if m.get(k)}
+        out.append({"role": ROLES[role], "content": _text(content, "content")} | thoughts)
+    return out
+
+
 def to_row(raw: dict) -> Row:
     """Normalise one row of any supported schema, tried in this order:
 
-    messages                                    chat; the last assistant turn is the completion
+    messages | conversations                    chat (a list, its JSON, ShareGPT); the last assistant turn completes
     prompt [completion]                         strings or message lists
     problem [generations | generated_solution | solution] [expected_answer | answer]     OpenR1, OpenMathInstruct-2
-    question answer                             GSM8K
+    question [answer]                           GSM8K
     nums target                                 Countdown
 
     `generations` with `correctness_math_verify` (OpenR1-Math-220k): the first generation that was verified.
-    Raises Unusable with the reason for a row that has the columns but not the content, KeyError for an unknown schema.
+    Raises Unusable with the reason for any other row.
     """
-    ask = lambda question: [{"role": "user", "content": question}]
+    ask = lambda question: [{"role": "user", "content": _text(question, "question")}]
     answer = raw.get("expected_answer") if raw.get("expected_answer") is not None else raw.get("answer")
-    completion = raw.get("completion")
-    if raw.get("messages"):
-        prompt = raw["messages"]
-        if prompt[-1]["role"] == "assistant":
-            prompt, completion = prompt[:-1], prompt[-1]["content"]
+    completion, thoughts = raw.get("completion"), {}
+    if raw.get("tools") or raw.get("functions"):
+        raise Unusable("tools")
+    if chat := raw.get("messages") or raw.get("conversations"):
+        prompt = _messages(chat)
+        if prompt and prompt[-1]["role"] == "assistant":
+            completion = [prompt.pop()]
     elif raw.get("prompt"):
-        prompt = ask(raw["prompt"]) if isinstance(raw["prompt"], str) else raw["prompt"]
-        if isinstance(completion, (list, tuple)):
-            completion = completion[-1]["content"]
+        prompt = _messages(raw["prompt"]) if isinstance(raw["prompt"], (list, tuple)) else ask(raw["prompt"])
+        if prompt[-1]["role"] == "assistant":
+            raise Unusable("a prompt that ends with the assistant")
     elif raw.get("problem"):
         prompt, completion = ask(raw["problem"]), raw.get("generated_solution") or raw.get("solution")
     elif raw.get("question"):
-        completion = re.sub(r"<<[^>]*>>", "", str(raw["answer"]))  # GSM8K's calculator annotations
-        prompt, answer = ask(raw["question"]), completion.split("####")[-1].strip()
+        prompt, completion = ask(raw["question"]), raw.get("answer")
+        if raw.get("choices") or raw.get("options"):
+            raise Unusable("multiple choice")
+        if completion is not None:
+            completion = re.sub(r"<<[^>]*>>", "", _text(completion, "answer"))  # GSM8K's calculator annotations
+            answer = completion.split("####")[-1].strip()
     elif raw.get("nums") is not None and raw.get("target") is not None:
+        if not isinstance(raw["nums"], (list, tuple)) or {type(n) for n in [*raw["nums"], raw["target"]]} != {int}:
+            raise Unusable("nums and target are no whole numbers")
         prompt = countdown_prompt(raw["nums"], raw["target"])
     else:
-        raise KeyError(
-            f"cannot read a row with columns {sorted(raw)}: expected `messages`, `prompt` (+`completion`), `problem` "
-            "(+`generated_solution`/`solution`), `question`+`answer` or `nums`+`target`"
-        )
+        raise Unusable("empty prompt" if any(name in raw for name in COLUMNS) else "columns of no known schema")
     if raw.get("generations") and raw.get("correctness_math_verify") is not None:
         done = raw.get("is_reasoning_complete") or [True] * len(raw["generations"])
         good = (text for text, *both in zip(raw["generations"], raw["correctness_math_verify"], done) if all(both))
         completion = next(good, None)
         if completion is None:
             raise Unusable("no verified generation")
-    if not any(m["role"] == "user" and m["content"] for m in prompt):
+    if (
+        isinstance(completion, list)
+        and completion
+        and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in completion)
+    ):
+        completion = _messages(completion)
+        if [m["role"] for m in completion] != ["assistant"]:
+            raise Unusable("a completion that is not one message of the assistant")
+        thoughts = {k: v for k, v in completion[0].items() if k in THOUGHTS}
+        completion = completion[0]["content"]
+    if not any(m["role"] == "user" and m["content"].strip() for m in prompt):
         raise Unusable("empty prompt")
-    if completion is not None and not completion.strip():
+    if completion is not None and not _text(completion, "completion").strip():
         raise Unusable("empty completion")
-    known = {"messages", "prompt", "completion", "problem", "question", "generations", "solution", "generated_solution"}
-    meta = {k: v for k, v in raw.items() if k not in known and not isinstance(v, (list, dict)) or k == "nums"}
-    return Row(tuple({"role": m["role"], "content": m["content"]} for m in prompt), completion, answer, meta)
+    meta = {k: v for k, v in raw.items() if k not in TEXTS and not isinstance(v, (list, dict)) or k == "nums"}
+    return Row(tuple(prompt), None if completion is None else _text(completion, "completion"), answer, meta, thoughts)
 
 
-FILES = (".jsonl", ".json", ".parquet")
-SPLIT = re.compile(r"^(\w+)(?:\[(\d*%?):(\d*%?)\])?$")
+FILES = {".jsonl": "text", ".json": "text", ".parquet": "parquet", ".csv": "csv"}
+JSON = {"a line of JSON": "line", "an item of JSON": "item"}  # the only column of files whose rows may differ in keys
 
 
-def raw_rows(dataset: str, subset: str | None = None, split: str = "train", streaming: bool = False) -> Iterable[dict]:
-    """Rows as dictionaries: built in, or from a .jsonl / .json / .parquet file, a data set's directory or the Hub.
+def _open_file(path: Path):
+    """All rows of a file: `datasets` writes them to its cache, which is memory-mapped. A .json list is read whole."""
+    import datasets
+
+    kind, options = FILES[path.suffix], {"data_files": glob.escape(str(path)), "split": "train"}
+    if path.stat().st_size == 0:
+        return datasets.Dataset.from_dict({})
+    if kind == "text":
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            whole = path.suffix == ".json" and file.read(1000).lstrip()[:1] == "["
+        if whole:
+            items = _json(path.read_bytes(), str(path))
+            return datasets.Dataset.from_dict({"an item of JSON": list(map(json.dumps, items))})
+        options |= {"features": datasets.Features({"a line of JSON": datasets.Value("large_string")})}
+        # bytes that are no UTF-8 become escapes that JSON does not know: the line is named as broken
+        options |= {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
+    try:
+        return datasets.load_dataset(kind, **options)
+    except datasets.exceptions.DatasetsError as e:
+        raise ValueError(f"{path} cannot be read: {e.__cause__ or e}") from e
+
+
+def _open_folder(dataset: str, subset: str | None, split: str):
+    """A split of a directory with a file for each, or of what has the layout of the Hub."""
+    import datasets
+
+    # the library would read train.jsonl and train_1M.jsonl as one split "train"
+    files = {f.stem: f for f in Path(dataset).glob("*") if f.suffix in FILES}
+    named = subset if subset in files and split == "train" else split
+    if named in files and (subset is None or subset in files):
+        return _open_file(files[named])
+    try:
+        configs = datasets.get_dataset_config_names(dataset)
+        if subset is not None and subset not in configs:
+            splits = datasets.get_dataset_split_names(dataset, configs[0])
+            if subset not in splits or split != "train":
+                raise ValueError(f"it has no subset {subset!r}: its subsets are {configs}, its splits {splits}")
+            print(f"data: {dataset} has no subset {subset!r} but a split of that name; using it")
+            subset, split = configs[0], subset
+        return datasets.load_dataset(dataset, subset, split=split)
+    except Exception as e:  # the Hub client raises a different class for each way of not finding something
+        why = f"{e} {e.__cause__ or ''}".strip()
+        raise ValueError(f"data set {dataset!r} cannot be read (built in are {', '.join(BUILT_IN)}): {why}") from e
+
+
+def open_dataset(dataset: str, subset: str | None = None, split: str = "train") -> tuple[Any, np.ndarray]:
+    """(a whole split, memory-mapped; the positions its slice means): built in, a file, a directory, or from the Hub.
 
     Args:
         subset: a configuration of the data set. A name that is a split instead (OpenMathInstruct-2's train_1M) is used
             as the split and said so.
         split: a name with an optional slice, "train[:1024]" or "test[10%:20%]"; a single file is all of every split.
-        streaming: iterate without downloading everything.
     Raises: FileNotFoundError, or ValueError that lists what exists.
     """
     import datasets
 
-    match, path = SPLIT.match(split), Path(dataset)
-    if not match:
-        raise ValueError(f"split {split!r} is not understood: write a name or a slice of one, like train[:1024]")
-    name = match[1]
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    path, name, endless = Path(dataset), re.split(r"[^\w.]", split)[0], 10**12
+    try:
+        wanted = datasets.ReadInstruction.from_spec(split)
+        stop = wanted.to_absolute({name: endless})[-1].to
+    except ValueError as e:
+        raise ValueError(f"split {split!r} is not understood: write a name or a slice, like train[:1024] ({e})") from e
     if subset is not None and (dataset in BUILT_IN or path.suffix in FILES):
         raise ValueError(f"{dataset} has no subsets, so no {subset!r}")
     if dataset in BUILT_IN:
         if name not in ("train", "test") or "%" in split:
             raise ValueError(f"built-in {dataset} has splits like train, test, train[:1024]; got {split!r}")
-        n = int(match[3] or {"train": 4096, "test": 512}[name])
-        return _sliced(make_countdown(n, mini=dataset != "countdown", test=name == "test"), match)
-    if (path.suffix in FILES or path.is_absolute()) and not path.exists():
+        n = stop if stop < endless // 2 else {"train": 4096, "test": 512}[name]
+        data = datasets.Dataset.from_list(make_countdown(n, mini=dataset != "countdown", test=name == "test"))
+    elif (path.suffix in FILES or path.is_absolute()) and not path.exists():
         raise FileNotFoundError(f"data set {dataset} does not exist")
-    if path.suffix in FILES:
-        return _sliced(_jsonl(path) if path.suffix != ".parquet" else datasets.Dataset.from_parquet(dataset), match)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    elif path.suffix in FILES:
+        data = _open_file(path)
+    elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(dataset)
         splits = saved if isinstance(saved, datasets.DatasetDict) else {name: saved}
         if name not in splits:
             raise ValueError(f"{dataset} has no split {name!r}; it has {sorted(splits)}")
-        return _sliced(splits[name], match)
-    # a file per split: the library would read train.jsonl and train_1M.jsonl as one split "train"
-    files = {f.stem: f for f in path.glob("*") if f.suffix in FILES}
-    named = subset if subset in files and name == "train" else name
-    if named in files and (subset is None or subset in files):
-        return raw_rows(str(files[named]), None, split)
+        data = splits[name]
+    else:
+        data = _open_folder(dataset, subset, name)
+    return data, np.concatenate([np.arange(part.from_, part.to) for part in wanted.to_absolute({name: len(data)})])
+
+
+def _json(text: str | bytes, where: str):
     try:
-        configs = datasets.get_dataset_config_names(dataset)
-    except Exception as e:  # the Hub client raises a different class for each way of not finding something
-        raise ValueError(
-            f"data set {dataset!r} is neither a local file or directory, nor a built-in one ({', '.join(BUILT_IN)}), "
-            f"nor reachable on the Hub: {e}"
-        ) from e
-    config = subset if subset in configs else configs[0] if len(configs) == 1 else "default"
-    if config not in configs or (len(configs) > 1 and subset not in (None, config)):
-        raise ValueError(f"{dataset} has the subsets {configs}: choose one of them, not {subset}")
-    splits = datasets.get_dataset_split_names(dataset, config)
-    if subset not in (None, config):
-        if subset not in splits or name != "train":
-            raise ValueError(f"{dataset} has no subset {subset!r}: its subsets are {configs}, its splits {splits}")
-        print(f"data: {dataset} has no subset {subset!r} but a split of that name; using it")
-        name = subset
-    if name not in splits:
-        raise ValueError(f"{dataset} has no split {name!r}: its splits are {splits}")
-    return _sliced(datasets.load_dataset(dataset, config, split=name, streaming=streaming), match)
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where} is not valid JSON ({e}): {text[:80]!r}") from e
 
 
-def _sliced(rows, match: re.Match):
-    """The slice of a split name; a percentage needs to know the length."""
-    start, stop = match[2] or "0", match[3] or "100%"
-    if not hasattr(rows, "__len__"):
-        if "%" in start + (match[3] or ""):
-            raise ValueError("a percentage slice needs the whole data set: use numbers, or no streaming")
-        return rows.skip(int(start)).take(max(0, int(stop) - int(start))) if match[3] else rows.skip(int(start))
-    start, stop = (len(rows) * int(x[:-1]) // 100 if x.endswith("%") else int(x) for x in (start, stop))
-    return rows[start:stop] if isinstance(rows, list) else rows.select(range(start, min(stop, len(rows))))
+def _parse(raw: dict, position: int, source: str = "") -> tuple[str, dict | None]:
+    """(where a row stands in its source, its columns); None for an empty line. Raises ValueError for a broken one."""
+    (column, text), *_ = raw.items()
+    where = f"{source} {JSON.get(column, 'row')} {position + 1}".lstrip()
+    if column in JSON:
+        if not text.strip():
+            return where, None
+        raw = _json(text, where)
+        if not isinstance(raw, dict):
+            raise ValueError(f"{where} is not an object: {text[:80]!r}")
+    return where, raw
 
 
-def _jsonl(path: Path) -> list[dict]:
-    """A .jsonl file, or a .json file holding a list or lines."""
-    text, rows = path.read_text(), []
-    whole = path.suffix == ".json" and text.lstrip().startswith("[")
-    for number, line in enumerate([text] if whole else text.split("\n"), 1):  # splitlines() would also cut at U+2028
+def raw_rows(dataset: str, subset: str | None = None, split: str = "train") -> Iterator[dict]:
+    """Rows as dictionaries, one by one; arguments as in `open_dataset`."""
+    data, positions = open_dataset(dataset, subset, split)
+    return filter(None, (_parse(data[position], position, dataset)[1] for position in positions.tolist()))
+
+
+def iter_rows(dataset: str, subset: str | None = None, split: str = "train") -> Iterator[Row]:
+    """Usable rows one by one, without a look at those that come later."""
+    for raw in raw_rows(dataset, subset, split):
+        with contextlib.suppress(Unusable):
+            yield to_row(raw)
+
+
+INDEX = np.dtype([("position", "i8"), ("key", "i8"), ("digest", "i8"), ("answered", "?")])
+TOO_LONG = "prompt longer than max_length - max_completion_length (raise --max-length or lower --max-completion-length)"
+Dropped = dict[str, tuple[int, str]]  # reason -> (how many rows, where the first one stands and how it begins)
+
+
+@dataclass(frozen=True)
+class Rows(Sequence):
+    """Usable rows of a data set that stays on disk: a row is made when it is asked for; slices and masks are Rows."""
+
+    data: Any  # datasets.Dataset
+    index: np.ndarray  # (n,) of INDEX
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i):
+        if not isinstance(i, (int, np.integer)):
+            return Rows(self.data, self.index[i])
+        position = int(self.index["position"][i])
+        return to_row(_parse(self.data[position], position)[1])
+
+    @property
+    def hash(self) -> str:
+        """Of all prompts and completions in their order."""
+        return hashlib.blake2b(self.index["digest"].tobytes(), digest_size=8).hexdigest()
+
+    def drop(self, mask: np.ndarray, why: str, dropped: Dropped) -> "Rows":
+        """Those outside the mask; the others are counted."""
+        if mask.any():
+            position = int(self.index["position"][mask][0])
+            where, raw = _parse(self.data[position], position)
+            dropped[why] = (int(mask.sum()), f"{where}: {json.dumps(raw, default=str)[:60]}")
+        return self[~mask]
+
+
+def in_words(dropped: Dropped) -> str:
+    return "; ".join(f"{n} {why} ({first})" for why, (n, first) in dropped.items()) or "none"
+
+
+def _examine(batch: dict, numbers: list[int], source: str, positions: np.ndarray, tokenizers, room: int | None) -> dict:
+    """Columns of a batch: why a row cannot be used (None: it can, "": there is none), and what INDEX holds of it."""
+    found, texts = [], {}
+    for i, values in enumerate(zip(*batch.values())):
+        found.append({"why": "", "key": 0, "digest": 0, "answered": False})
         try:
-            found = json.loads(line) if whole else [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path} line {number} is not valid JSON ({e.msg}): {line[:80]!r}") from e
-        if not all(isinstance(row, dict) for row in found):
-            raise ValueError(f"{path} line {number} is not an object: {line[:80]!r}")
-        rows += found
-    return rows
+            _, raw = _parse(dict(zip(batch, values)), int(positions[numbers[i]]), source)
+            if raw is not None:
+                row = to_row(raw)
+                texts[i] = prompts(tokenizers, row)[0][:1]
+                digest = _hash([row.prompt, row.completion, row.thoughts])
+                found[i] = {"why": None, "key": row.key, "digest": digest, "answered": row.completion is not None}
+        except Unusable as e:
+            found[i]["why"] = str(e)
+    if room is not None:
+        for i, long in zip(texts, too_long(tokenizers[0], sum(texts.values(), []), room)):
+            found[i]["why"] = TOO_LONG if long else None
+    return {k: [entry[k] for entry in found] for k in ("why", "key", "digest", "answered")}
 
 
-def load_rows(dataset: str, subset: str | None = None, split: str = "train") -> tuple[list[Row], Counter]:
-    """All usable rows of a data set, and how many were dropped for which reason.
+def load_rows(
+    dataset: str, subset: str | None = None, split: str = "train", tokenizers: Sequence = (), room: int | None = None
+) -> tuple[Rows, Dropped]:
+    """The usable rows of a data set, and why the others are not. Looked at once: `datasets` caches what was found.
 
-    Raises ValueError if nothing is left.
+    Args:
+        tokenizers: of the student and, if there is one, the teacher: rows that a chat template refuses are dropped.
+        room: most tokens of a student's prompt.
+    Raises ValueError if nothing is left, or for a line that is no JSON.
     """
-    dropped = Counter()
-    rows = list(iter_rows(dataset, subset, split, dropped=dropped))
-    if not rows:
-        why = f"dropped {dict(dropped)}" if dropped else "it is empty"
-        raise ValueError(f"data set {dataset} ({split}) has no usable row: {why}")
+    import datasets
+
+    data, positions = open_dataset(dataset, subset, split)
+    rows, dropped = Rows(data, np.zeros(len(positions), INDEX)), {}
+    rows.index["position"] = positions
+    if len(rows):
+        part, code = data.select(positions), Path(__file__).read_text()
+        made_by = datasets.fingerprint.Hasher.hash([part._fingerprint, positions, code, tokenizers, room])
+        cache = Path(datasets.config.HF_DATASETS_CACHE) / "gold"
+        cache.mkdir(parents=True, exist_ok=True)
+        types = {"why": "string", "key": "int64", "digest": "int64", "answered": "bool"}
+        workers = min(os.cpu_count(), len(part) // 10_000)
+        found = part.map(
+            _examine, batched=True, with_indices=True, remove_columns=part.column_names, new_fingerprint=made_by,
+            features=datasets.Features({k: datasets.Value(v) for k, v in types.items()}),
+            cache_file_name=str(cache / f"{made_by}.arrow"), num_proc=workers if workers > 1 else None,
+            fn_kwargs={"source": dataset, "positions": positions, "tokenizers": tuple(tokenizers), "room": room},
+        ).data  # fmt: skip
+        for name in INDEX.names[1:]:
+            rows.index[name] = found[name].to_numpy()
+        why = found["why"].to_numpy()
+        for reason in filter(None, found["why"].unique().to_pylist()):
+            rows.drop(why == reason, reason, dropped)
+        rows = rows[np.equal(why, None)]
+    if not len(rows):
+        raise ValueError(
+            f"data set {dataset} ({split}) has no usable row; dropped: {in_words(dropped)}. Rows have `messages`, "
+            "`prompt` (+`completion`), `problem` (+`generated_solution`/`solution`), `question` (+`answer`) or `nums`"
+        )
     return rows, dropped
 
 
-def iter_rows(
-    dataset: str, subset: str | None = None, split: str = "train", streaming: bool = False,
-    dropped: Counter | None = None,
-) -> Iterator[Row]:  # fmt: skip
-    """Rows one by one; unusable ones are counted in `dropped`."""
-    for raw in raw_rows(dataset, subset, split, streaming):
-        try:
-            yield to_row(raw)
-        except Unusable as reason:
-            if dropped is not None:
-                dropped[str(reason)] += 1
-
-
-def hold_out(rows: list[Row], ratio: float, seed: int) -> tuple[list[Row], list[Row], int]:
-    """(training rows, held-out rows, number of training rows dropped because a held-out row asks the same)."""
+def hold_out(rows: Rows, ratio: float, seed: int, dropped: Dropped) -> tuple[Rows, Rows]:
+    """(training rows, held-out rows); training rows that ask what a held-out row asks are dropped."""
     if ratio == 0:
-        return rows, [], 0
-    keys = sorted({row.key for row in rows})
-    random.Random(f"hold out {seed}").shuffle(keys)
-    held_keys = set(keys[: max(1, round(ratio * len(keys)))])
-    first = {row.key: i for i, row in reversed(list(enumerate(rows)))}
-    held = [row for i, row in enumerate(rows) if row.key in held_keys and first[row.key] == i]
-    kept = [row for row in rows if row.key not in held_keys]
-    return kept, held, len(rows) - len(kept) - len(held)
+        return rows, rows[:0]
+    keys, first = np.unique(rows.index["key"], return_index=True)
+    chosen = np.random.default_rng([seed, 5]).permutation(len(keys))[: max(1, round(ratio * len(keys)))]
+    held = np.isin(np.arange(len(rows)), first[chosen])
+    rows, held = rows[~held], rows[held]
+    same = np.isin(rows.index["key"], held.index["key"])
+    return rows.drop(same, "same question as a held-out row", dropped), held
 
 
-def without(rows: list[Row], others: list[Row]) -> tuple[list[Row], int]:
-    """(rows that ask nothing that `others` ask, number dropped): keeps evaluation questions out of training."""
-    asked = {row.key for row in others}
-    kept = [row for row in rows if row.key not in asked]
-    return kept, len(rows) - len(kept)
+def without(rows: Sequence[Row], others: Iterable[Row]) -> tuple[Sequence[Row], int]:
+    """(rows that ask nothing that `others` ask, number dropped): keeps few-shot examples out of the questions."""
+    asked = [row.key for row in others]
+    if not asked:
+        return rows, 0
+    same = np.isin(rows.index["key"], asked)
+    return rows[~same], int(same.sum())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -357,37 +536,117 @@ def make_countdown(
 # prompts: messages -> ids, through each model's own chat template
 
 
-def render_prompt(tokenizer, messages: Iterable[Message]) -> str:
-    """The prompt as text that ends where the assistant begins.
+def render_prompt(tokenizer, messages: Iterable[Message], begin: bool = True) -> str:
+    """The messages as text that ends where the assistant begins, or, unless `begin`, after the last message.
 
     Without a chat template: "User: ...\\n\\nAssistant:\\n" with one such block per message. A template that refuses
-    system messages gets the system text in front of the first user message.
+    system messages gets the system text in front of the first user message. Options and day are `load_tokenizer`'s.
     """
     import jinja2
 
-    messages, options = list(messages), {"tokenize": False, "add_generation_prompt": True}
     if tokenizer.chat_template is None:
-        return "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages) + "Assistant:\n"
+        blocks = "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages)
+        return f"{blocks}Assistant:\n" if begin else blocks
+    messages, settings = list(messages), {"tokenize": False, "add_generation_prompt": begin}
+    settings |= tokenizer.init_kwargs.get("chat_options", {})
+    if day := tokenizer.init_kwargs.get("chat_date"):
+        settings["strftime_now"] = date.fromisoformat(day).strftime
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return tokenizer.apply_chat_template(messages, **settings)
     except jinja2.TemplateError:
         if messages[0]["role"] != "system" or len(messages) < 2:
             raise
         folded = messages[1] | {"content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-        return tokenizer.apply_chat_template([folded] + messages[2:], **options)
+        return tokenizer.apply_chat_template([folded] + messages[2:], **settings)
+
+
+MARK = "5c1e"  # stands for an answer's text in a template
+OPENED = re.compile(r"<(\w+)>\s*(</\1>\s*)?$")  # at the end of a prompt: the answer goes on inside, or after the pair
+
+
+def prompts(tokenizers: Sequence, row: Row) -> tuple[list[str], str | None]:
+    """(what each model, the student first, reads before the answer; the answer), by their own chat templates.
+
+    One answer follows all of the prompts: what the student's template opens for it (<think>), the others open too, and
+    the answer does not open it again. Its thoughts stand in front of it as the student's template writes them.
+    Raises Unusable if a template refuses the row.
+    """
+    import jinja2
+
+    texts, answer = [], row.completion
+    for name, tokenizer in zip(("student", "teacher"), tokenizers):
+        try:
+            texts.append(render_prompt(tokenizer, row.prompt))
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
+            raise Unusable(f"refused by the {name}'s chat template: {e}") from e
+    if not tokenizers:
+        return texts, answer
+    tails = [_opened(*both) for both in zip(tokenizers, texts)]
+    if row.thoughts and answer is not None:
+        turn = {"role": "assistant", "content": MARK} | row.thoughts
+        whole, start = render_prompt(tokenizers[0], [*row.prompt, turn], begin=False), texts[0].removesuffix(tails[0])
+        before, _, _ = whole.removeprefix(start).rpartition(MARK)
+        if (
+            "</" in tails[0]
+            or not whole.startswith(start)
+            or not any(t.strip() in before for t in row.thoughts.values())
+        ):
+            raise Unusable(f"{' and '.join(row.thoughts)}, which the student's chat template does not write")
+        answer = before + answer
+    if "</" not in tails[0]:
+        texts[1:] = [t if "</" in tail else t.removesuffix(tail) + tails[0] for t, tail in zip(texts[1:], tails[1:])]
+    if tails[0] and answer is not None:
+        again = re.match(r"\s*" + r"\s*".join(map(re.escape, tails[0].split())), answer)
+        answer = answer[again.end() :].removeprefix(tails[0][len(tails[0].rstrip()) :]) if again else answer
+    return texts, answer
+
+
+def _opened(tokenizer, prompt: str) -> str:
+    """What the template itself has opened at the end of a prompt, as it stands there."""
+    found = OPENED.search(prompt[-100:])
+    return found[0] if found and tokenizer.chat_template and f"<{found[1]}>" in tokenizer.get_chat_template() else ""
+
+
+@functools.cache
+def _spelling(tokenizer) -> tuple[int, re.Pattern]:
+    """(bytes of the longest entry, at most; what finds special tokens in a prompt)"""
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and not t.single_word]
+    longest = max(len(piece.encode()) for piece in tokenizer.get_vocab())
+    return longest, re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+
+
+def too_long(tokenizer, texts: list[str], room: int) -> list[bool]:
+    """Whether prompts have more than `room` tokens. Only those are encoded whose size does not tell.
+
+    A special token is one token, any other writes a byte or more, and none more than the longest entry of the
+    vocabulary. Unicode's normal forms leave ASCII alone and make at most 11 bytes of one other.
+    """
+    longest, special = _spelling(tokenizer)
+    sizes, out = [len(text) if text.isascii() else 11 * len(text.encode()) for text in texts], []
+    for i, text in enumerate(texts):
+        if sizes[i] + 2 > room:  # a phantom space, and BOS
+            sizes[i] -= sum(len(found) - 1 for found in special.findall(text))
+        out.append(sizes[i] + 2 > room)
+    unsure = [i for i, text in enumerate(texts) if out[i] and len(text) <= room * longest]
+    for i, ids in zip(unsure, encode_texts(tokenizer, [texts[i] for i in unsure]) if unsure else ()):
+        out[i] = len(ids) > room
+    return out
+
+
+def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids of prompts, each with exactly one beginning-of-text token where the tokenizer uses one."""
+    out, bos = tokenizer(texts, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id
+    if bos is None:
+        return out
+    if tokenizer.chat_template is None and tokenizer("a")["input_ids"][:1] == [bos]:
+        out = [[bos, *ids] for ids in out]
+    first = [next((i for i, t in enumerate(ids) if t != bos), len(ids)) for ids in out]
+    return [ids[max(0, n - 1) :] for ids, n in zip(out, first)]
 
 
 def encode_prompt(tokenizer, messages: Iterable[Message]) -> list[int]:
-    """Ids of `render_prompt` with exactly one beginning-of-text token where the tokenizer uses one."""
-    ids = tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return ids
-    if tokenizer.chat_template is None and tokenizer("a")["input_ids"][:1] == [bos]:
-        ids = [bos] + ids
-    while ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    return ids
+    """Ids of `render_prompt`."""
+    return encode_texts(tokenizer, [render_prompt(tokenizer, messages)])[0]
 
 
 def end_ids(tokenizer, also: Iterable[int] = ()) -> tuple[int, ...]:
@@ -397,9 +656,8 @@ def end_ids(tokenizer, also: Iterable[int] = ()) -> tuple[int, ...]:
     """
     found = []
     if tokenizer.chat_template is not None:
-        mark = "5c1e"
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
-        tail = tokenizer.apply_chat_template(turn, tokenize=False).rpartition(mark)[2]
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+        tail = render_prompt(tokenizer, turn, begin=False).rpartition(MARK)[2]
         special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         found += [i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in special][:1]
     found += [i for i in (tokenizer.eos_token_id, *also) if i is not None]
@@ -548,13 +806,37 @@ class Vocabulary:
         return PrefixTree([self.bytes[i] for i in self.order[: -len(self.ends)]])
 
 
-def load_vocabulary(name: str, revision: str | None = None) -> Vocabulary:
-    """The tokenizer of a model as bytes, with the ids that end its completions. Raises ValueError naming the model."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+def load_tokenizer(name: str, revision: str | None = None, options: dict | None = None, day: str | None = None):
+    """The tokenizer of a model. Raises ValueError that names the model, or an option that its template does not know.
+
+    Args:
+        options: of its chat template, like {"enable_thinking": False}; where None, those it was saved with.
+        day: the date that its chat template writes, like 2026-11-26; where None, the one it was saved with, or today.
+    """
+    from transformers import AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
+    template = "" if tokenizer.chat_template is None else tokenizer.get_chat_template()
+    if unknown := [k for k in options or () if not re.search(rf"\b{re.escape(k)}\b", template)]:
+        raise ValueError(f"the chat template of {name} has no option {' and no '.join(unknown)}")
+    for key, value in (("chat_options", options), ("chat_date", day)):
+        if value is not None:
+            tokenizer.init_kwargs[key] = value  # saved with the tokenizer: an evaluation of a checkpoint has them too
+    return tokenizer
+
+
+def load_vocabulary(
+    name: str, revision: str | None = None, options: dict | None = None, day: str | None = None
+) -> Vocabulary:
+    """The tokenizer of a model as bytes, with the ids that end its completions. Arguments as in `load_tokenizer`."""
+    from transformers import AutoConfig, GenerationConfig
+
+    tokenizer = load_tokenizer(name, revision, options, day)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as e:
         raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
     try:

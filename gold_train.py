@@ -34,11 +34,10 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
-from datetime import timedelta
+from datetime import date, timedelta
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,14 +68,15 @@ class Config:
     teacher_url: str | None = None  # vLLM server that scores, like http://host:8000; none: the teacher is loaded here
     teacher_key: str | None = None  # environment variable that holds the key of teacher_url; none: it has no key
     teacher_top_k: int = 32  # tokens per position that a served teacher tells
+    student_template_options: str | None = None  # JSON for its chat template, like '{"enable_thinking": false}'
+    teacher_template_options: str | None = None  # JSON for the teacher's chat template
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of forward passes; auto: bf16 on GPU. Weights are always fp32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the student's layers
     # ---- data
-    dataset: str = "countdown-mini"  # Hub id, .jsonl/.json/.parquet, saved data set, or countdown, countdown-mini
+    dataset: str = "countdown-mini"  # Hub id, .jsonl/.json/.parquet/.csv, saved data set, countdown, countdown-mini
     subset: str | None = None  # configuration of the data set
     split: str = "train"  # split, with an optional slice: train[:1024]
-    streaming: bool = False  # iterate over the data set without loading it
     eval_ratio: float = 0.0  # share of the rows held out, for eval/heldout_loss; 0: none
     max_length: int = 1024  # prompt + completion in student tokens; rows with longer prompts are dropped and counted
     max_completion_length: int = 512  # sampled or written completion in student tokens
@@ -244,11 +244,11 @@ def slots_per_window(cfg: Config) -> int:
 
 
 IN_RANGE = {  # least, most: names
-    (1, math.inf): "per_device_train_batch_size gradient_accumulation_steps num_generations generation_batch_size "
+    (1, 1e18): "per_device_train_batch_size gradient_accumulation_steps num_generations generation_batch_size "
     "max_steps max_completion_length teacher_top_k vllm_tensor_parallel_size save_total_limit eval_max_samples",
-    (0, math.inf): "temperature top_k ce_weight learning_rate weight_decay eval_steps early_stop save_steps "
+    (0, 1e18): "temperature top_k ce_weight learning_rate weight_decay eval_steps early_stop save_steps "
     "save_minutes seed",
-    (1e-9, math.inf): "num_train_epochs loss_temperature max_grad_norm vllm_memory vllm_deadline eval_timeout",
+    (1e-9, 1e18): "num_train_epochs loss_temperature max_grad_norm vllm_memory vllm_deadline eval_timeout",
     (0, 1): "lmbda beta eval_ratio warmup_ratio min_p",
     (1e-9, 1): "top_p",
 }
@@ -258,8 +258,9 @@ def check(cfg: Config, ranks: Ranks) -> None:
     """Everything that can be known to be wrong before anything is loaded. Raises ValueError with what to change."""
     for (least, most), names in IN_RANGE.items():
         for name, value in ((name, getattr(cfg, name)) for name in names.split()):
-            if value is not None and not (least <= value <= most and value < math.inf):
-                raise ValueError(f"{name} must be in [{least}, {most}{']' if most == 1 else ')'}: got {value}")
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} must be in [{least}, {most}]: got {value}")
+    template_options(cfg.student_template_options), template_options(cfg.teacher_template_options)
     c, batch, slots = cfg, cfg.per_device_train_batch_size, slots_per_window(cfg)
     made, used, group = slots * c.num_generations, batch * c.gradient_accumulation_steps, c.vllm_tensor_parallel_size
     engine = gold_buffer.choose_sampler(c.sampler)[0] if c.lmbda > 0 else ""
@@ -487,7 +488,7 @@ def distill(
 
     If anything of the teacher's or the loss itself is not finite, the total and the gradient of every row are NaN.
     """
-    start, teacher, device = time.perf_counter(), parts.teacher, student.hidden.device
+    stop, teacher, device = stats.clock("timing/teacher", student.hidden.device), parts.teacher, student.hidden.device
     if isinstance(teacher, gold_buffer.ServedTeacher):
         lengths = batch.teacher_mask.sum(1).tolist()
         sequences = [ids[:n].tolist() for ids, n in zip(batch.teacher_ids, lengths)]
@@ -496,14 +497,12 @@ def distill(
         bad = torch.zeros((), device=device)  # what a server tells is refused if it is not finite
     else:
         hidden = teacher.hidden(batch.teacher_ids, batch.teacher_rows).to(device)
-        if hidden.is_cuda:
-            torch.cuda.synchronize()  # or its time would be counted where the next value is read
         bad = (~hidden.isfinite()).sum()
         stats.add("nonfinite/teacher", bad)
         theirs = gold_loss.Side(
             hidden, parts.teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature
         )
-    stats.add("timing/teacher", time.perf_counter() - start)
+    stop()
     loss, sample = parts.pairing.compare(student, theirs, batch)
     # no comparison with NaN is true, so a loss can lose sight of it; the gradient's norm is looked at on every rank
     wrong = (bad > 0) | ~loss.values.isfinite().all() | ~loss.total.detach().isfinite()
@@ -533,15 +532,15 @@ def micro_batch_loss(cfg: Config, parts: Parts, batch: gold_data.Batch, counts, 
         total = total + loss.total / counts[0]
         stats.add("jsd", loss.values.sum())
         on_policy = batch.on_policy[sample]
-        stats.add("jsd_on", loss.values[on_policy].sum())
-        stats.add("jsd_off", loss.values[~on_policy].sum())
+        stats.add("jsd_on", loss.values.where(on_policy, 0.0).sum())  # an index by a mask would wait for the GPU
+        stats.add("jsd_off", loss.values.where(~on_policy, 0.0).sum())
         token_on = batch.on_policy[batch.student_sample[batch.scored]]
         stats.add("tokens_on", token_on.sum())
         stats.add("tokens_off", (~token_on).sum())
         stats.mean("actor/entropy", loss.stats["entropy"])
         theirs = batch.sampler_logprobs[batch.scored if loss.rows is None else batch.scored[loss.rows]]
         drift = (loss.stats["logprob"] - theirs).abs()
-        stats.mean("gold/drift", drift[drift.isfinite()])
+        stats.mean("gold/drift", drift, drift.isfinite())
         for name in ("teacher_mass", "student_mass", "matched", "unmatched"):
             if name in loss.stats:
                 stats.mean(f"actor/{name}", loss.stats[name])
@@ -563,20 +562,33 @@ class Stats:
     def __init__(self):
         self.sums: dict[str, Tensor | float] = {}
         self.largest: dict[str, float] = {}
+        self.late: list[Callable] = []  # what reads a GPU's clock, at the end: nobody waits for it in between
 
     def add(self, name: str, value) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def mean(self, name: str, values) -> None:
+    def mean(self, name: str, values, where: Tensor | None = None) -> None:
         values = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.float32)
-        self.add(f"{name}|sum", values.sum())
-        self.add(f"{name}|count", float(values.numel()))
+        self.add(f"{name}|sum", values.sum() if where is None else values.where(where, 0.0).sum())
+        self.add(f"{name}|count", float(values.numel()) if where is None else where.sum())
+
+    def clock(self, name: str, device: torch.device) -> Callable[[], None]:
+        """Starts a clock; calling the result stops it and adds the seconds."""
+        if device.type != "cuda":
+            start = time.perf_counter()
+            return lambda: self.add(name, time.perf_counter() - start)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.late.append(lambda: self.add(name, begin.elapsed_time(end) / 1000))
+        begin.record()
+        return end.record
 
     def max(self, name: str, value: float) -> None:
         self.largest[name] = max(self.largest.get(name, -math.inf), value)
 
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Over all ranks, which must have been told of the same names; a mean of nothing is left out."""
+        for read in self.late:
+            read()
         names, most = sorted(self.sums), sorted(self.largest)
         sums = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names])
         largest = torch.tensor([self.largest[n] for n in most], device=device)
@@ -731,105 +743,73 @@ def environment() -> dict:
 # training
 
 
-TOO_LONG = "prompt longer than max_length - max_completion_length"
+def template_options(text: str | None) -> dict | None:
+    """Raises ValueError for what is no JSON object."""
+    try:
+        options = None if text is None else dict(json.loads(text))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'template options are JSON like {{"enable_thinking": false}}, not {text!r}') from e
+    return options
 
 
-def in_words(dropped: Counter) -> str:
-    return ", ".join(f"{n} {why}" for why, n in dropped.items() if n) or "none"
-
-
-def load_data(cfg: Config, student: gold_data.Vocabulary, say) -> tuple[object, int | None, list[gold_data.Row]]:
-    """(rows by position, rows per epoch or None when streaming, held-out rows); says what was dropped, and why.
+def load_data(
+    cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary | None, say
+) -> tuple[gold_data.Rows, gold_data.Rows]:
+    """(rows to train on, held-out rows); says what was dropped, and why.
 
     Raises ValueError if nothing usable is left or answers are missing that lmbda < 1 needs.
     """
-    evaluated = [
-        row for task in cfg.eval_tasks for row in gold_eval.load_task_rows(task, cfg.eval_max_samples, cfg.seed)
-    ]
-    asked = {row.key for row in evaluated}
-    needs_answers = cfg.lmbda < 1 and not cfg.seq_kd
-
-    def fits(row: gold_data.Row) -> bool:
-        prompt = len(gold_data.encode_prompt(student.tokenizer, row.prompt))
-        return prompt + cfg.max_completion_length <= cfg.max_length
-
-    if cfg.streaming:
-        dropped = Counter()
-
-        def open_rows():
-            for row in gold_data.iter_rows(cfg.dataset, cfg.subset, cfg.split, streaming=True, dropped=dropped):
-                reasons = {
-                    "in an evaluation task": row.key in asked,
-                    "without an answer": needs_answers and row.completion is None,
-                    TOO_LONG: not fits(row),
-                }
-                dropped.update(reason for reason, holds in reasons.items() if holds)
-                if not any(reasons.values()):
-                    yield row
-
-        if cfg.max_steps is None:
-            raise ValueError("a streamed data set has no known length: set --max-steps")
-        say(f"data: streaming {cfg.dataset}; what is dropped on the way is counted at the end")
-        return gold_buffer.StreamedRows(open_rows, dropped), None, []
-    rows, dropped = gold_data.load_rows(cfg.dataset, cfg.subset, cfg.split)
-    total = len(rows) + sum(dropped.values())
-    rows, held, dropped["same question as a held-out row"] = gold_data.hold_out(rows, cfg.eval_ratio, cfg.seed)
-    rows, dropped["in an evaluation task"] = gold_data.without(rows, evaluated)
-    held = [row for row in held if row.completion is not None and fits(row)]
+    tokenizers = [v.tokenizer for v in (student, teacher) if v is not None]
+    room = cfg.max_length - cfg.max_completion_length
+    rows, dropped = gold_data.load_rows(cfg.dataset, cfg.subset, cfg.split, tokenizers, room)
+    total = len(rows) + sum(n for n, _ in dropped.values())
+    rows, held = gold_data.hold_out(rows, cfg.eval_ratio, cfg.seed, dropped)
+    held = held[held.index["answered"]]
     if cfg.eval_ratio and not held:
         raise ValueError("eval_ratio holds out no row with an answer that fits max_length: raise it, or --eval-ratio 0")
-    without_answer = sum(row.completion is None for row in rows)
-    if needs_answers and without_answer:
+    for task in cfg.eval_tasks:
+        asked = [row.key for row in gold_eval.load_task_rows(task, cfg.eval_max_samples, cfg.seed)]
+        rows = rows.drop(np.isin(rows.index["key"], asked), f"in the evaluation task {task}", dropped)
+    if cfg.lmbda < 1 and not cfg.seq_kd:
+        rows = rows.drop(~rows.index["answered"], "without a completion", dropped)
+    counts = gold_data.in_words(dropped)
+    if not rows:
         raise ValueError(
-            f"{without_answer} of {len(rows)} rows of {cfg.dataset} have a prompt but no completion, and lmbda "
-            f"{cfg.lmbda} trains on completions: set --lmbda 1, or --seq-kd to have the teacher write them"
+            f"no row of {cfg.dataset} is left (dropped: {counts}). If completions are missing, which lmbda {cfg.lmbda} "
+            "trains on: set --lmbda 1, or --seq-kd to have the teacher write them"
         )
-    kept = [row for row in rows if fits(row)]
-    dropped[TOO_LONG] = len(rows) - len(kept)
-    counts = in_words(dropped)
-    if not kept:
-        raise ValueError(
-            f"no row of {cfg.dataset} is left (dropped: {counts}): prompts may have {cfg.max_length} - "
-            f"{cfg.max_completion_length} tokens, raise --max-length or lower --max-completion-length"
-        )
-    cut = 0
-    if needs_answers:
-        few = kept[:1000]
-        cut = sum(len(student.encode(row.completion.encode())[0]) >= cfg.max_completion_length for row in few) / len(
-            few
-        )
-    say(
-        f"data: {total} rows, {len(kept)} for training, {len(held)} held out; dropped: {counts}; "
-        f"completions cut at max_completion_length: {cut:.1%}"
-    )
-    return gold_buffer.RowStream(kept, cfg.seed), len(kept), held
+    say(f"data: {total} rows, {len(rows)} for training, {len(held)} held out; dropped: {counts}")
+    return rows, held
 
 
-def say_example(rows, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary | None, pairing, say) -> None:
+def say_example(rows: gold_data.Rows, encoder: gold_buffer.Encoder, pairing, say) -> None:
     """One row as both models will see it, and how well the two vocabularies meet."""
-    row = rows[0][2]
-    for name, vocabulary in (("student", student), ("teacher", teacher)):
+    student, teacher = encoder.student, encoder.teacher
+    *prompts, answer = encoder.prompts(rows[0])
+    for name, vocabulary, ids in zip(("student", "teacher"), (student, teacher), prompts):
         if vocabulary is not None:
             ends = [vocabulary.tokenizer.convert_ids_to_tokens(i) for i in vocabulary.ends]
-            say(f"{name} sees {gold_data.render_prompt(vocabulary.tokenizer, row.prompt)!r}, ends with any of {ends}")
+            say(f"{name} sees {vocabulary.tokenizer.decode(ids)!r}, ends with any of {ends}")
+    few = [encoder.prompts(row)[2] or row.prompt[-1]["content"] for row in rows[:64]]
+    if answer is not None:
+        cut = sum(not encoder.completion(text)[1] for text in few)
+        say(f"answers cut at max_completion_length {encoder.max_completion_length}: {cut} of the first {len(few)}")
     if pairing is not None and pairing.loss == "jsd":
-        prompts = [gold_data.encode_prompt(v.tokenizer, row.prompt) for v in (student, teacher)]
         if prompts[0] != prompts[1]:
             say("note: one vocabulary, but two chat templates; each model is prompted by its own")
     elif pairing is not None:
         if student.bytes == teacher.bytes[: student.size]:
             say("note: same vocabulary, but different end tokens: compared as different tokenizers, ends by role")
-        texts = [row.completion or row.prompt[-1]["content"] for row in (rows[i][2] for i in range(64))]
         names = (v.tokenizer.name_or_path for v in (student, teacher))
-        gold_data.print_coverage(gold_data.coverage(student, teacher, texts), *names)
+        gold_data.print_coverage(gold_data.coverage(student, teacher, few), *names)
 
 
-def heldout_samples(cfg: Config, held: list[gold_data.Row], encoder, ranks: Ranks) -> list[gold_data.Sample]:
+def heldout_samples(cfg: Config, held: gold_data.Rows, encoder, ranks: Ranks) -> list[gold_data.Sample]:
     """This rank's part of the held-out answers, at most eval_max_samples over all ranks."""
     samples = []
     for row in held[: cfg.eval_max_samples][ranks.rank :: ranks.world_size]:
-        prompt, teacher_prompt = encoder.prompts(row)
-        ids, finished = encoder.completion(row.completion)
+        prompt, teacher_prompt, answer = encoder.prompts(row)
+        ids, finished = encoder.completion(answer)
         samples.append(encoder.align(gold_data.Sample(prompt, ids, finished, False, teacher_prompt)))
     return samples
 
@@ -875,9 +855,8 @@ def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
     dtype = compute_dtype(cfg, ranks.device)
     model = Student(student, torch.compile(backbone) if cfg.compile else backbone, dtype)
     if dist.is_initialized():
-        # gradients live in the buckets and stay there, see zero_grad; there are no buffers that training changes
         devices = [ranks.local_rank] if ranks.device.type == "cuda" else None
-        model = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)  # they stay there: see zero_grad
     return student, gold_loss.Head(**head), model
 
 
@@ -911,7 +890,7 @@ def open_sampler(cfg: Config, student, device: torch.device, say):
         if cfg.lag > 0:  # windows are sampled while the original is trained
             student = copy.deepcopy(student).to(cfg.sampler_device or device, dtype).eval().requires_grad_(False)
         return gold_buffer.HFSampler(student, own=cfg.lag > 0, dtype=dtype)
-    with gold_buffer.engine_stream():
+    with torch.cuda.stream(gold_buffer.engine_stream()):
         sampler = gold_buffer.VLLMSampler(
             cfg.student_model, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size,
             cfg.student_revision, deadline=cfg.vllm_deadline, sleep=cfg.lag == 0,
@@ -932,9 +911,10 @@ def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
 
 
 SAME_RUN = (
-    "student_model teacher_model student_revision teacher_revision dataset subset split eval_ratio rows_hash "
-    "max_length max_completion_length num_generations lmbda seq_kd temperature top_p top_k min_p lag loss beta "
-    "jsd_scale loss_temperature ce_weight weight_decay seed window steps"
+    "student_model teacher_model student_revision teacher_revision student_template_options "
+    "teacher_template_options dataset subset split eval_ratio rows_hash max_length max_completion_length "
+    "num_generations lmbda seq_kd temperature top_p top_k min_p lag loss beta jsd_scale loss_temperature "
+    "ce_weight weight_decay seed window steps"
 ).split()  # the other flags may change with a resume, which says so
 
 
@@ -981,24 +961,27 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Everything before the first step. Most mistakes show before any weights are read, each as a ValueError."""
     device, master, out = ranks.device, ranks.rank == 0, Path(cfg.output_dir)
     checkpoint = newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
-    vocabulary, teacher_vocabulary, pairing = (
-        gold_data.load_vocabulary(cfg.student_model, cfg.student_revision),
-        None,
-        None,
-    )
+    day = gather(str(date.today()))[0]  # that chat templates write: the day on which the run began
+    if checkpoint:
+        day = torch.load(checkpoint / "trainer.pt", weights_only=True, mmap=True)["run"]["day"]
+    options = template_options(cfg.student_template_options)
+    vocabulary = gold_data.load_vocabulary(cfg.student_model, cfg.student_revision, options, day)
+    teacher_vocabulary = pairing = None
     if cfg.teacher_model:
-        teacher_vocabulary = gold_data.load_vocabulary(cfg.teacher_model, cfg.teacher_revision)
+        options = template_options(cfg.teacher_template_options)
+        teacher_vocabulary = gold_data.load_vocabulary(cfg.teacher_model, cfg.teacher_revision, options, day)
         pairing = pair(cfg, vocabulary, teacher_vocabulary, device)
     gold_buffer.check_positions(cfg.student_model, cfg.student_revision, cfg.max_length)
     if pairing and pairing.loss == "jsd" and not cfg.teacher_url:  # other tokenizers need more or fewer tokens
         gold_buffer.check_positions(cfg.teacher_model, cfg.teacher_revision, cfg.max_length)
-    rows, rows_per_epoch, held = load_data(cfg, vocabulary, say)
+    rows, held = in_turn(ranks, functools.partial(load_data, cfg, vocabulary, teacher_vocabulary, say))
+    cross, loss = pairing is not None and pairing.loss != "jsd", pairing.loss if pairing else "cross entropy only"
+    encoder = gold_buffer.Encoder(vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, loss == "prefix")
     if master:
-        say_example(rows, vocabulary, teacher_vocabulary, pairing, say)
+        say_example(rows, encoder, pairing, say)
     slots = slots_per_window(cfg)
     schedule = gold_buffer.Schedule(cfg.seed, cfg.lmbda, slots, cfg.num_generations, ranks.rank, ranks.world_size)
-    max_steps = cfg.max_steps or schedule.steps_for(math.ceil(cfg.num_train_epochs * rows_per_epoch))
-    loss = pairing.loss if pairing else "cross entropy only"
+    max_steps = cfg.max_steps or schedule.steps_for(math.ceil(cfg.num_train_epochs * len(rows)))
     say(
         f"loss: {loss}, beta {cfg.beta} (0 = KL(teacher||student), 1 = KL(student||teacher)), scale {cfg.jsd_scale}; "
         f"lmbda {cfg.lmbda}; {max_steps} steps of {slots * cfg.num_generations * ranks.world_size} completions"
@@ -1014,17 +997,16 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
             cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, tuple(vocabulary.ends)
         ),
     )
-    cross = pairing is not None and pairing.loss != "jsd"
-    encoder = gold_buffer.Encoder(vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, loss == "prefix")
     held, tokenizer = heldout_samples(cfg, held, encoder, ranks), copy.deepcopy(vocabulary.tokenizer)
     answers = None
     if cfg.seq_kd:
         how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
         answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
     buffer = gold_buffer.WindowBuffer(
-        schedule, rows, encoder, sampler, sampling, student.state_dict, max_steps, cfg.lag, answers, dtype
-    )
-    derived = {"loss": loss, "window": slots * ranks.world_size, "rows_hash": rows_per_epoch, "steps": max_steps}
+        schedule, gold_buffer.RowStream(rows, cfg.seed), encoder, sampler, sampling, student.state_dict, max_steps,
+        cfg.lag, answers, dtype,
+    )  # fmt: skip
+    derived = {"loss": loss, "window": slots * ranks.world_size, "steps": max_steps, "rows_hash": rows.hash, "day": day}
     identity = asdict(cfg) | derived
     run = Run(parts, student, tokenizer, optimizer, buffer, held, identity, max_steps)
     if checkpoint:

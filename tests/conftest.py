@@ -12,6 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import functools
 import pydoc_data.topics
+import tempfile
+
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="gold-tests-"))
 
 import pytest
 import torch

@@ -70,21 +70,6 @@ def test_epochs_are_different_permutations_and_the_same_in_every_process():
     epochs = [[stream.where(e * 50 + i)[1] for i in range(50)] for e in range(3)]
     assert len({tuple(e) for e in epochs}) == 3 and all(sorted(e) == list(range(50)) for e in epochs)
     assert [again.where(120)[1], again.where(7)[1]] == [epochs[2][20], epochs[0][7]], "in any order of asking"
-    plain = gold_buffer.RowStream(rows_of(50), 3, shuffle=False)
-    assert [plain[i][:2] for i in (0, 49, 50)] == [(0, 0), (0, 49), (1, 0)]
-
-
-def test_a_streamed_data_set_starts_over_and_an_earlier_window_can_be_made_again():
-    opened, rows = [], rows_of(5)
-    stream = gold_buffer.StreamedRows(lambda: opened.append(1) or iter(rows))
-    got = [stream[i] for i in range(12)]
-    assert [(e, i) for e, i, _ in got] == [divmod(p, 5) for p in range(12)]
-    assert [row for *_, row in got] == [rows[p % 5] for p in range(12)]
-    assert stream[3] == got[3] and len(opened) == 3, "what is still known is not read again"
-    stream._cache.clear()
-    assert stream[3] == got[3] and stream[11] == got[11]
-    with pytest.raises(ValueError, match="no usable row"):
-        gold_buffer.StreamedRows(lambda: iter([]))[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -391,13 +376,14 @@ def test_the_teacher_writes_each_row_once_per_epoch_and_a_killed_run_keeps_what_
     def answers(teacher, rank=0):
         return gold_buffer.TeacherAnswers(teacher, VOCABULARY, Sampling(8), tmp_path, rank, seed=4)
 
-    stream = gold_buffer.RowStream(rows_of(6), 0)
+    rows, tokenizer = gold_buffer.RowStream(rows_of(6), 0), conftest.byte_level()
+    stream = [
+        (epoch, i, gold_data.encode_prompt(tokenizer, row.prompt)) for epoch, i, row in map(rows.__getitem__, range(12))
+    ]
     first, teacher = [stream[i] for i in (0, 1, 2, 1)], FakeTeacher()
     got = answers(teacher)(first)
     assert got[1] == got[3] and len(teacher.asked) == 3 and {whole for _, whole in got} == {True, False}
-    assert [prompt for _, prompt in teacher.asked][0] == conftest.byte_level().decode(
-        gold_data.encode_prompt(conftest.byte_level(), first[0][2].prompt)
-    )
+    assert teacher.asked[0][1] == tokenizer.decode(first[0][2])
     files = list(tmp_path.glob("*.jsonl"))
     assert len(files) == 1
     files[0].write_text(files[0].read_text() + '\n{"epoch": 0, "row": 5, "comple')  # killed while writing
@@ -431,6 +417,28 @@ def test_completions_are_cut_at_their_length_without_an_end():
     ids, finished = encoder.completion("one")
     assert finished and ids[-1] == 2 and VOCABULARY.join(ids) == b"one"
     assert encoder.completion("one", whole=False) == (ids[:-1], False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=st.text("ab =1\u00e9\u6771", max_size=80), most=st.integers(1, 6))
+def test_no_more_of_a_text_is_encoded_than_could_be_kept(text, most):
+    """And what is kept is what the whole text begins with, to the byte."""
+    encoder = gold_buffer.Encoder(VOCABULARY, None, most, False, False)
+    longest = int(VOCABULARY.lengths.max())
+    ids, finished = encoder.completion(text)
+    if len(text) <= most * longest:
+        whole = VOCABULARY.encode(text.encode())[0] + [2]
+        assert (ids, finished) == (whole[:most], len(whole) <= most)
+    long = (text + "x") * (most * longest + 1)
+    ids, finished = encoder.completion(long)
+    assert len(ids) == most and not finished and long.encode().startswith(VOCABULARY.join(ids))
+
+
+def test_ten_megabytes_of_completion_cost_what_a_thousand_tokens_cost():
+    seen, vocabulary = [], copy.copy(VOCABULARY)
+    vocabulary.encode = lambda text: seen.append(len(text)) or VOCABULARY.encode(text)
+    ids, finished = gold_buffer.Encoder(vocabulary, None, 1000, False, False).completion("10 + 10 = 20\n" * 800_000)
+    assert len(ids) == 1000 and not finished and max(seen) == 1000 * VOCABULARY.lengths.max()
 
 
 def test_choose_sampler_says_why(monkeypatch):

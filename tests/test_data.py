@@ -5,6 +5,7 @@ pytest tests/test_data.py
 Rows of the named data sets are in test_rows.py; the values of the losses that use all this in test_loss.py.
 """
 
+import copy
 import json
 import random
 import re
@@ -725,6 +726,171 @@ def test_the_end_of_a_turn_is_what_the_template_writes_then_eos_then_what_the_mo
         gold_data.end_ids(t)
 
 
+# ---- prompts that begin the answer, and options of templates
+
+THINK = (  # as Qwen3's: it thinks unless told not to, and writes what an answer was thought with
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and m.reasoning_content %}"
+    "{{ '<think>\n' + m.reasoning_content.strip('\n') + '\n</think>\n\n' + m.content.lstrip('\n') }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{% endif %}"
+)
+OPENS = (  # as DeepSeek-R1's: it begins to think, and forgets what it thought
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content.split('</think>')[-1] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+)
+STRICT = (  # as Mistral's and Gemma's
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+)
+DATED = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ '|' + m.content }}{% endfor %}"
+
+
+def speaking(template: str, tokenizer=conftest.metaspace, **settings):
+    """A tokenizer with another chat template, and what `load_tokenizer` gives it."""
+    t = copy.deepcopy(tokenizer())
+    t.chat_template = template
+    t.init_kwargs |= settings
+    return t
+
+
+def read_by(student, teacher=None, **row) -> tuple[str, ...]:
+    """(the end of each prompt, the answer) for a row of one question."""
+    tokenizers = [t for t in (student, teacher) if t is not None]
+    texts, answer = gold_data.prompts(tokenizers, gold_data.Row(tuple(TURN), **row))
+    return *(text.partition("3 + 4?")[2] for text in texts), answer
+
+
+@pytest.mark.parametrize(
+    "written, follows",
+    [
+        ("<think>\nhm\n</think>\n7", "hm\n</think>\n7"),
+        ("<think>hm</think>7", "hm</think>7"),
+        ("\n <think>\n\nhm</think>7", "\nhm</think>7"),
+        ("7", "7"),
+        ("so <think> is a tag", "so <think> is a tag"),
+        ("<thinking>7", "<thinking>7"),
+    ],
+)
+def test_what_the_prompt_has_opened_the_answer_does_not_open_again(written, follows):
+    assert read_by(speaking(OPENS), completion=written) == ("<|assistant|><think>\n", follows)
+    assert read_by(speaking(THINK), completion=written) == ("<|im_end|>\n<|im_start|>assistant\n", written)
+
+
+def test_a_prompt_that_closed_its_thoughts_takes_an_answer_without_the_empty_pair():
+    t = speaking(THINK, chat_options={"enable_thinking": False})
+    for written in ("<think>\n\n</think>\n\n7", "<think></think>\n\n7", "7"):
+        end, answer = read_by(t, completion=written)
+        assert end.endswith("assistant\n<think>\n\n</think>\n\n") and answer == "7"
+
+
+def test_one_answer_follows_what_both_models_have_read():
+    """Whoever's template opens it: the student's prompt decides, as the answers are the student's."""
+    plain = conftest.byte_level()
+    assert read_by(speaking(OPENS), plain, completion="<think>a") == (
+        "<|assistant|><think>\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n", "a"
+    )  # fmt: skip
+    assert read_by(plain, speaking(OPENS), completion="<think>a")[1:] == ("<|assistant|>", "<think>a")
+    closed = speaking(THINK, chat_options={"enable_thinking": False})
+    assert read_by(plain, closed, completion="7")[1].endswith("</think>\n\n"), "as the user asked for"
+    assert read_by(speaking(OPENS), speaking(OPENS), completion=None)[:2] == ("<|assistant|><think>\n",) * 2
+
+
+def test_a_users_tag_at_the_end_of_a_prompt_opens_nothing():
+    t = speaking("{% for m in messages %}{{ m.content }}{% endfor %}")
+    row = gold_data.Row(({"role": "user", "content": "Which tag is <b>"},), "<b>")
+    assert gold_data.prompts([t, t], row) == (["Which tag is <b>"] * 2, "<b>")
+
+
+def test_thoughts_stand_in_front_of_the_answer_as_the_template_writes_them_or_the_row_is_refused_by_name():
+    messages = [*TURN, {"role": "assistant", "content": "\\boxed{7}", "reasoning_content": "3 and 4"}]
+    for raw in ({"messages": messages}, {"prompt": TURN, "completion": messages[1:]}):
+        row = gold_data.to_row(raw)
+        t = speaking(THINK)
+        (prompt,), answer = gold_data.prompts([t], row)
+        assert answer == "<think>\n3 and 4\n</think>\n\n\\boxed{7}"
+        assert prompt + answer + "<|im_end|>\n" == t.apply_chat_template(messages, tokenize=False), (
+            "the template's own form"
+        )
+        opening = speaking(THINK.replace("assistant\n' }}{% if enable", "assistant\n<think>\n' }}{% if enable"))
+        (prompt,), answer = gold_data.prompts([opening], row)
+        assert prompt.endswith("<think>\n") and answer == "3 and 4\n</think>\n\n\\boxed{7}"
+        closed = speaking(THINK, chat_options={"enable_thinking": False})
+        for other in (conftest.byte_level(), speaking(OPENS), conftest.wordpiece(), closed):
+            with pytest.raises(
+                gold_data.Unusable, match="reasoning_content, which the student's chat template does not write"
+            ):
+                gold_data.prompts([other], row)
+        assert gold_data.prompts([t, conftest.byte_level()], row)[1] == "<think>\n3 and 4\n</think>\n\n\\boxed{7}", (
+            "the teacher reads it as text"
+        )
+
+
+def test_rows_that_one_of_the_templates_refuses_are_dropped_at_the_start(tmp_path):
+    twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "7"}]
+    tool = [*TURN, {"role": "tool", "content": "x"}, {"role": "assistant", "content": "7"}]
+    rows = [{"messages": m} for m in (twice, [*TURN, twice[-1]], tool, [*SYSTEM, *TURN, twice[-1]])]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kind, strict = conftest.byte_level(), speaking(STRICT)
+    for pair, name in (((strict, kind), "student"), ((kind, strict), "teacher")):
+        kept, dropped = gold_data.load_rows(str(path), tokenizers=pair)
+        assert kept.index["position"].tolist() == [1, 3], "a system message is folded into the question"
+        why = f"refused by the {name}'s chat template: Conversation roles must alternate"
+        assert list(dropped) == [why] and dropped[why][0] == 2 and dropped[why][1].startswith("line 1: ")
+        for row in kept:  # what was accepted once is accepted in the middle of a run
+            gold_data.prompts(pair, row)
+    with pytest.raises(ValueError, match="no usable row; dropped: 2 refused by the teacher"):
+        gold_data.load_rows(str(path), split="train[:1]+train[2:3]", tokenizers=(kind, strict))
+
+
+def test_a_template_writes_the_day_it_is_told_and_its_options_travel_with_the_tokenizer(tmp_path):
+    conftest.byte_level().save_pretrained(tmp_path / "plain")
+    tiny = conftest.tiny_qwen(len(conftest.byte_level()))
+    tiny.save_pretrained(tmp_path / "plain")
+    t = gold_data.load_tokenizer(str(tmp_path / "plain"), day="2024-02-29")
+    t.chat_template = DATED
+    assert gold_data.render_prompt(t, TURN) == "29 Feb 2024|What is 3 + 4?"
+    t.chat_template = THINK
+    t.save_pretrained(tmp_path / "saved")
+    tiny.save_pretrained(tmp_path / "saved")
+    off = gold_data.load_vocabulary(str(tmp_path / "saved"), options={"enable_thinking": False}).tokenizer
+    off.save_pretrained(tmp_path / "again")
+    again = gold_data.load_tokenizer(str(tmp_path / "again"))
+    assert (
+        gold_data.render_prompt(again, TURN).endswith("<think>\n\n</think>\n\n")
+        and again.init_kwargs["chat_date"] == "2024-02-29"
+    )
+    on = gold_data.load_tokenizer(str(tmp_path / "again"), options={"enable_thinking": True})
+    assert gold_data.render_prompt(on, TURN).endswith("assistant\n")
+    with pytest.raises(ValueError, match="saved has no option enable_thinkin and no tool"):
+        gold_data.load_tokenizer(
+            str(tmp_path / "saved"), options={"enable_thinkin": False, "tool": 1, "enable_thinking": 1}
+        )
+
+
+SPEAKERS = [conftest.byte_level, conftest.metaspace, conftest.unigram, conftest.wordpiece]
+
+
+@pytest.mark.parametrize("speaker", SPEAKERS)
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.text(CHARACTERS + "\ufdfa\u0958<|im_end|>", max_size=60), max_size=4), room=st.integers(1, 60))
+def test_what_is_too_long_is_known_from_its_size_or_by_encoding_it(speaker, texts, room):
+    t = speaker()
+    expected = [len(gold_data.encode_texts(t, [text])[0]) > room for text in texts]
+    assert gold_data.too_long(t, texts, room) == expected
+
+
+def test_a_prompt_of_ten_megabytes_is_not_encoded(monkeypatch):
+    monkeypatch.setattr(gold_data, "encode_texts", None)
+    t = conftest.byte_level()
+    assert gold_data.too_long(t, ["7 " * 5_000_000, "a", "<|im_start|>" * 30], 40) == [True, False, False]
+
+
 # ---- batches
 
 
@@ -914,15 +1080,6 @@ def test_built_in_puzzles_are_rows_with_slices():
 def test_rules_without_puzzles_are_an_error(rule, message):
     with pytest.raises(ValueError, match=message):
         gold_data.make_countdown(50, rule=rule)
-
-
-def test_held_out_rows_are_kept_from_training_with_all_their_repetitions():
-    rows = [gold_data.Row(({"role": "user", "content": str(i % 20)},), str(i)) for i in range(50)]
-    kept, held, dropped = gold_data.hold_out(rows, 0.2, seed=3)
-    assert len(held) == 4 and len({row.key for row in held}) == 4
-    assert not {row.key for row in kept} & {row.key for row in held} and len(kept) + len(held) + dropped == 50
-    assert gold_data.hold_out(rows, 0.2, seed=3)[1] == held != gold_data.hold_out(rows, 0.2, seed=4)[1]
-    assert gold_data.hold_out(rows, 0, seed=3) == (rows, [], 0)
 
 
 # ---- the command line

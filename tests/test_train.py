@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import bins_loss  # noqa: F401  a fork whose losses enter the trainer
 import pytest
 import torch
 from conftest import byte_level, metaspace, tiny_llama, tiny_qwen
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import gold_buffer
 import gold_eval
@@ -275,6 +277,94 @@ def test_num_generations_takes_one_prompt_many_times(models, data, tmp_path):
     assert len({s["prompt"] for s in samples}) == 1 and len({s["completion"] for s in samples}) > 1
 
 
+@pytest.mark.parametrize("teacher, seq_kd", [("cross", False), ("cross", True), ("same", False)])
+def test_no_tokenizer_is_used_by_two_threads(models, data, tmp_path, monkeypatch, teacher, seq_kd):
+    """Encoding changes a tokenizer's flags: what the sampler's thread has once used is its own."""
+    used, of_thread, foreign = {}, set(), []
+
+    def watched(name):
+        real = getattr(PreTrainedTokenizerFast, name)
+
+        def method(self, *args, **kwargs):
+            used[id(self)] = self  # kept: an id must not come back
+            here = threading.current_thread().name
+            if here == "sampler":
+                of_thread.add(id(self))
+            elif id(self) in of_thread:
+                foreign.append((name, here))
+            return real(self, *args, **kwargs)
+
+        return method
+
+    for name in ("__call__", "decode", "apply_chat_template", "save_pretrained", "convert_ids_to_tokens"):
+        monkeypatch.setattr(PreTrainedTokenizerFast, name, watched(name))
+    cfg = config(
+        models, data, tmp_path / "out", teacher, lag=1, max_steps=3, save_steps=1, eval_ratio=0.2,
+        eval_steps=1, seq_kd=seq_kd, max_completion_length=8,
+    )  # fmt: skip
+    gold_train.train(cfg, ALONE)
+    assert len(of_thread) == 2 and not foreign and len(used) >= 3
+
+
+def test_a_run_and_its_resume_write_the_day_on_which_the_run_began(models, tmp_path, monkeypatch, data):
+    dated = AutoTokenizer.from_pretrained(models["student"])
+    dated.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + dated.chat_template
+    (tmp_path / "dated").mkdir()
+    student = save(tmp_path / "dated" / "student", tiny_qwen(len(dated)), dated)
+
+    monkeypatch.setattr(gold_train, "SAMPLE_STEPS", 1)
+
+    def on(day):
+        monkeypatch.setattr(gold_train, "date", type("", (), {"today": staticmethod(lambda: day)}))
+
+    cfg = config(models | {"student": student}, data, tmp_path / "out", "same", max_completion_length=4)
+    on("2026-01-31")
+    gold_train.train(dataclasses.replace(cfg, max_steps=4, output_dir=str(tmp_path / "whole")), ALONE)
+    cfg = dataclasses.replace(cfg, max_steps=4, save_steps=2)
+
+    class Stop(Exception):
+        pass
+
+    monkeypatch.setattr(gold_train, "SAMPLE_STEPS", 1)
+    real = gold_train.save_checkpoint
+    monkeypatch.setattr(gold_train, "save_checkpoint", lambda *args: (real(*args), (_ for _ in ()).throw(Stop)))
+    with pytest.raises(Stop):
+        gold_train.train(cfg, ALONE)
+    monkeypatch.setattr(gold_train, "save_checkpoint", real)
+    on("2026-02-01")
+    gold_train.train(dataclasses.replace(cfg, resume=True), ALONE)
+    prompts = [row["prompt"] for row in gold_eval.read_jsonl(tmp_path / "out" / "samples.jsonl")]
+    assert len(prompts) >= 12 and all(prompt.startswith("2026-01-31") for prompt in prompts)
+    assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out" / "checkpoints" / "latest")
+    assert saved.init_kwargs["chat_date"] == "2026-01-31", "its evaluation writes that day too"
+
+
+def test_a_run_whose_rows_have_changed_is_not_gone_on_with(models, tmp_path):
+    cfg = config(models, write_rows(tmp_path / "r.jsonl", str), tmp_path / "out", max_completion_length=4)
+    gold_train.train(cfg, ALONE)
+    write_rows(tmp_path / "r.jsonl", lambda a: str(a + 1))  # as many as before
+    with pytest.raises(SystemExit, match="another run.*rows_hash"):
+        gold_train.train(dataclasses.replace(cfg, resume=True), ALONE)
+
+
+def test_odd_rows_cost_a_run_nothing_but_themselves(models, tmp_path, capsys):
+    path = Path(write_rows(tmp_path / "r.jsonl", lambda a: None if a % 4 == 1 else f"It is {a}.", n=20))
+    odd = [{"messages": [{"role": "tool", "content": "x"}]}, {"prompt": "long " * 80, "completion": "x"}, {"text": "x"}]
+    path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in odd))
+    cfg = config(models, str(path), tmp_path / "out", "cross", max_steps=None, max_completion_length=4)
+    gold_train.train(cfg, ALONE)
+    assert metrics(cfg.output_dir)[-1]["step"] == 2  # 15 rows
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("data: 23 rows, 15 for training"))
+    for part in (
+        "1 empty prompt (line 21:",
+        "1 prompt longer",
+        "1 columns of no known schema",
+        "5 without a completion (line 2:",
+    ):
+        assert part in line
+
+
 def test_epochs_decide_the_number_of_steps(models, data, tmp_path):
     """40 rows, 8 completions a window: 5 windows an epoch whatever lmbda is, for one generation per prompt."""
     cfg = config(models, data, tmp_path / "out", "same", max_steps=None, num_train_epochs=1.5, max_completion_length=4)
@@ -520,7 +610,7 @@ BAD = {
     "a slice that is none": (("--split", "train[5"), r"train\[5"),
     "a missing file": (("--dataset", "gone.jsonl"), r"gone.jsonl"),
     "no room for prompts": (("--max-completion-length", "80"), r"max_completion_length 80 .* max_length 80"),
-    "prompts too long": (("--max-length", "30"), r"no row .* is left .*raise --max-length"),
+    "prompts too long": (("--max-length", "30"), r"no usable row; dropped: 40 prompt .*raise --max-length"),
     "no cross-tokenizer loss": (("--cross-tokenizer-loss", "none"), r"different tokenizers .*choose"),
     "a GPU for evaluation that is not there": (("--eval-gpu", "3", "--eval-tasks", "ppl=x"), r"eval_gpu"),
     "an unknown task": (("--eval-tasks", "countdwn"), r"countdwn"),
@@ -531,6 +621,11 @@ BAD = {
     "a negative seed": (("--seed", "-1"), r"seed must be in"),
     "evaluation steps without evaluation": (("--eval-steps", "5"), r"nothing to evaluate"),
     "a sampler device without lag": (("--sampler-device", "cpu"), r"--lag"),
+    "epochs without end": (("--num-train-epochs", "inf"), r"num_train_epochs must be in .*: got inf"),
+    "a learning rate that is none": (("--learning-rate", "nan"), r"learning_rate must be in .*: got nan"),
+    "options that are no JSON": (("--student-template-options", "enable_thinking"), r"template options are JSON like"),
+    "options that are a list": (("--student-template-options", "[1]"), r"options are JSON like .* not '\[1\]'"),
+    "an option of no template": (("--teacher-template-options", '{"enable_thinking": 0}'), r"no option enable"),
     "nothing to resume": (("--resume",), r"nothing to resume"),
 }  # fmt: skip
 
