@@ -147,7 +147,7 @@ def block_mask(n: int, size: int, keys: Tensor) -> Tensor:
 
 
 def noise(keys: list[list[int]], lengths: list[int], size: int) -> tuple[Tensor, Tensor]:
-    """(u (B, blocks), order (B, blocks * size)) uniform in [0, 1); each of a text's blocks has its u in its own stratum.
+    """(u (B, blocks), order (B, blocks * size)) uniform in [0, 1); each block of a text has its u in its own stratum.
 
     A text's noise is a function of its key alone, whatever the ranks, micro-batches and neighbours.
     """
