@@ -118,8 +118,21 @@ class HFSampler:
         self.model = model
         on = self.device.type == "cuda" and dtype == torch.bfloat16
         self.autocast = torch.autocast("cuda", torch.bfloat16) if on else contextlib.nullcontext()
-        with self.autocast:
-            check_cache(self.model)
+        self.exact = not on and model.dtype != torch.bfloat16
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        """Raises ValueError if a padded row that stays while another leaves is not continued as without a cache."""
+        pair, ends = [Request([4, 3, 2, 1], 0), Request([1, 2, 3, 4, 5, 6, 7], 1)], ()
+        try:
+            for _ in range(2):  # the second time, the second row ends first
+                rollout, other = self.generate(pair, Sampling(3, end_ids=ends))
+                ends = (other.completion_ids[0],)
+            known = self.score([pair[0].prompt_ids + rollout.completion_ids])[0][3:]
+        except (AttributeError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"{type(self.model).__name__}: the hf sampler cannot use its cache ({e})") from e
+        if np.abs(known - rollout.logprobs).mean() > (0.002 if self.exact else 0.5):
+            raise ValueError(f"{type(self.model).__name__}: batches of the hf sampler would be wrong: --sampler vllm")
 
     def load_weights(self, weights: dict[str, Tensor], version: int) -> None:
         """Sample from these weights from now on."""
@@ -173,8 +186,11 @@ class HFSampler:
         room = put([min(s.max_new_tokens, self.limit - len(r.prompt_ids)) for r in requests])
         ends, alive = put(s.end_ids, dtype=torch.long), torch.arange(len(requests), device=self.device)
         cache, steps = DynamicCache(config=self.model.config), []
+        recurrent = "cache_params" in inspect.signature(self.model.forward).parameters  # swallows what it does not know
+        known = {"cache_params" if recurrent else "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         for t in range(s.max_new_tokens):
-            z = next_logits(self.model, cache, ids, mask, position)
+            seen = mask[:, -ids.size(1) :] if recurrent else mask
+            z = self.model(input_ids=ids, attention_mask=seen, position_ids=position, **known).logits[:, -1].float()
             token = _draw(z, uniform[alive, t], s)
             steps.append((alive, token, z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)))
             going = ~torch.isin(token, ends) & (t + 1 < room[alive])
@@ -213,8 +229,19 @@ def _draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
         ordered, index = p.sort(-1, descending=True)
         outside = (ordered.cumsum(-1) - ordered) >= s.top_p  # the token that crosses top_p stays
         p = p.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), 0.0)
-    running = p.double().cumsum(-1)
-    return (running <= u[:, None] * running[:, -1:]).sum(-1).clamp(max=z.size(1) - 1)
+    blocks = torch.nn.functional.pad(p, (0, -p.size(1) % 256)).unflatten(1, (-1, 256))  # running sums of these alone
+    sums = blocks.sum(-1, dtype=torch.float64)
+    block, rest = _invert(sums, u * sums.sum(-1))
+    token, _ = _invert(blocks[torch.arange(len(block)), block].double(), rest)
+    return 256 * block + token
+
+
+def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """First index (B,) whose running sum of mass (B, K) exceeds the target, so one with mass; what is left of it."""
+    running = mass.cumsum(-1)
+    target = torch.minimum(target, torch.nextafter(running[:, -1], torch.zeros_like(target)))[:, None]
+    index = (running <= target).sum(-1, keepdim=True)
+    return index[:, 0], (target - (running - mass).gather(1, index))[:, 0]
 
 
 @contextlib.contextmanager
@@ -248,7 +275,7 @@ class VLLMSampler:
     def __init__(
         self, model: str, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
         revision: str | None = None, max_num_seqs: int = 256, deadline: float = 1800.0, sleep: bool = False,
-        enforce_eager: bool = False, load_format: Literal["dummy", "auto"] = "dummy",
+        load_format: Literal["dummy", "auto"] = "dummy",
     ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -276,7 +303,7 @@ class VLLMSampler:
             self.llm = LLM(
                 model=model, revision=revision, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
                 tensor_parallel_size=tensor_parallel, enable_sleep_mode=self.use_sleep,
-                enforce_eager=enforce_eager or not torch.cuda.is_available(),  # compiling for a CPU takes too long
+                enforce_eager=not torch.cuda.is_available(),  # compiling for a CPU takes too long
                 max_num_batched_tokens=max(4096, max_model_len),  # larger ones mislead the memory profiler
                 load_format=load_format, skip_tokenizer_init=True, generation_config="vllm", **extra,
             )  # fmt: skip
@@ -535,25 +562,17 @@ class Encoder:
         return sample
 
 
-def _copies(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Copies of a state dict; what is tied is copied once."""
-    kind = lambda v: dtype if dtype is not None and v.is_floating_point() else v.dtype
-    once = {(v.data_ptr(), v.shape): v for v in weights.values()}
-    once = {k: v.detach().to(kind(v), copy=True) for k, v in once.items()}
+def _copies(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of a state dict, numbers in this dtype; what is tied is copied once."""
+    once = {(v.data_ptr(), v.shape): v.detach() for v in weights.values()}
+    once = {k: v.to(dtype if v.is_floating_point() else v.dtype, copy=True) for k, v in once.items()}
     return {k: once[v.data_ptr(), v.shape] for k, v in weights.items()}
 
 
 @functools.cache
-def _stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()
-
-
-def engine_stream():
-    """Around making an engine and the thread that uses it, a context with a CUDA stream that is nobody else's.
-
-    vLLM remembers the stream that it was made on. On the main thread's, decoding would queue behind training.
-    """
-    return torch.cuda.stream(_stream()) if torch.cuda.is_available() else contextlib.nullcontext()
+def engine_stream() -> "torch.cuda.Stream | None":
+    """For making an engine, which remembers it, and for the thread that uses it: training queues on another one."""
+    return torch.cuda.Stream() if torch.cuda.is_available() else None
 
 
 class WindowBuffer:
@@ -565,29 +584,26 @@ class WindowBuffer:
         weights_of: () -> the student's state dict, as the sampler wants it.
         last_step: no window is made from this step on.
         teacher_answers: for seq_kd, (epoch, index, teacher's prompt ids) of off-policy rows -> completions.
-        dtype: of the weights' copy with lag > 0; None: their own.
+        dtype: of the weights' copy with lag > 0.
     """
 
     def __init__(
         self, schedule: Schedule, rows, encoder: Encoder, sampler, sampling: Sampling, weights_of, last_step: int,
-        lag: int = 0, teacher_answers=None, dtype: torch.dtype | None = None,
+        lag: int = 0, teacher_answers=None, dtype: torch.dtype = torch.float32,
     ):  # fmt: skip
         self.schedule, self.rows, self.encoder = schedule, rows, encoder
         self.sampler, self.sampling = sampler, sampling
         self.weights_of, self.last_step, self.lag, self.teacher_answers = weights_of, last_step, lag, teacher_answers
         self.dtype, self.pending = dtype, {}  # windows on the way, by step
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None  # each thread has its own
-        threading.Thread(target=self._work, args=(device,), daemon=True, name="sampler").start()
+        threading.Thread(target=self._work, args=(engine_stream(),), daemon=True, name="sampler").start()
 
-    def _work(self, device: int | None) -> None:
-        if device is not None:
-            torch.cuda.set_device(device)
-        with engine_stream():
+    def _work(self, stream) -> None:
+        with torch.cuda.stream(stream):
             for future, ready, args in iter(self.queue.get, None):
                 try:
                     if ready is not None:
-                        ready.synchronize()  # the optimizer step that these weights come from, on another stream
+                        ready.synchronize()  # the optimizer step that these weights come from is on another stream
                     future.set_result(self.make(*args))
                 except BaseException as e:  # noqa: BLE001  raised by get
                     future.set_exception(e)
@@ -600,14 +616,12 @@ class WindowBuffer:
         """
         new = [s for s in range(step, min(step + self.lag + 1, self.last_step)) if s not in self.pending]
         drawn = {s: self.schedule.draw(s) for s in new}
-        weights = ready = None
+        weights = None
         if drawn and self.sampler is not None:
             weights = self.weights_of()
             if self.lag:  # training goes on while they are used
                 weights = _copies(weights, self.dtype)
-        if torch.cuda.is_available():
-            ready = torch.cuda.Event()
-            ready.record()
+        ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
         for ahead, slots in drawn.items():
             self.pending[ahead] = Future()
             self.queue.put((self.pending[ahead], ready, (ahead, slots, weights, step)))
@@ -703,7 +717,7 @@ def load_model(name: str, revision: str | None, dtype: torch.dtype, device: str)
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
     except OSError as e:
         raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
-    without_dropout(model)
+    without_dropout(model)  # a student is trained as it will be used, and a resumed run needs no generator state
     try:
         model.generation_config.validate(strict=True)  # as save_pretrained will, at the first checkpoint
     except ValueError:
@@ -713,10 +727,7 @@ def load_model(name: str, revision: str | None, dtype: torch.dtype, device: str)
 
 
 def without_dropout(model) -> None:
-    """A student is trained as it will be used, and a resumed run needs no generator state.
-
-    Many layers hold a probability as a plain number, and some read it from the configuration in each forward pass.
-    """
+    """Many layers hold a probability as a plain number, and some read the configuration's in each forward pass."""
     for module in model.modules():
         for holder in (module, getattr(module, "config", module)):
             for name, value in vars(holder).items():
@@ -729,11 +740,9 @@ def without_dropout(model) -> None:
 def split_head(model) -> tuple[torch.nn.Module, dict]:
     """(backbone, keyword arguments of gold_loss.Head) of a causal LM, checked against the model's own logits.
 
-    Rows are padded on the right and have no mask: what is read stands left of the padding, which a causal model does
-    not see there. Masks of sliding windows and the like are made by transformers, of the configuration.
-
-    Raises ValueError that names the architecture if its logits are not softcap(scale * (hidden W + b)) of one matrix,
-    or if a token changes what stands to its left.
+    Rows are padded on the right and need no mask: what is read stands left of the padding. Masks of sliding windows and
+    the like are transformers' own. Raises ValueError that names the architecture if its logits are not
+    softcap(scale * (hidden W + b)) of one matrix, or if a token changes what stands to its left.
     """
     backbone, head, config = model.base_model, model.get_output_embeddings(), model.config.get_text_config()
     if head is None or backbone is model:
@@ -744,52 +753,18 @@ def split_head(model) -> tuple[torch.nn.Module, dict]:
     probe, training = torch.arange(8, device=head.weight.device)[None] % head.weight.size(0), model.training
     model.eval()
     with torch.no_grad():
-        hidden = backbone(input_ids=probe, use_cache=False).last_hidden_state
-        other = backbone(input_ids=torch.where(probe < 5, probe, 0), use_cache=False).last_hidden_state
-        z = hidden @ parts["weight"].T + (0 if parts["bias"] is None else parts["bias"])
-        z = z.float() * scale
+        pair = (probe, torch.where(probe < 5, probe, 0))
+        hidden, other = (backbone(input_ids=ids, use_cache=False).last_hidden_state for ids in pair)
+        z = scale * (hidden @ head.weight.T + (0 if parts["bias"] is None else parts["bias"])).float()
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
         own = model(input_ids=probe, use_cache=False).logits.float()
     model.train(training)
     if z.shape != own.shape or (z - own).abs().max() > 0.02 * own.abs().max() + 1e-3:
         raise ValueError(f"{type(model).__name__}: its logits are not those of its output matrix; this head is unknown")
-    if _apart(hidden[:, :5], other[:, :5]) > (0.1 if hidden.dtype == torch.bfloat16 else 1e-3):
+    moved = (hidden - other)[:, :5].float().std() / hidden.float().std()  # by experts, chosen in bf16, a little
+    if moved > (0.1 if hidden.dtype == torch.bfloat16 else 1e-3):
         raise ValueError(f"{type(model).__name__} sees the tokens that it should predict: it is not a causal model")
     return backbone, parts
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    """How far, as a share of how much b varies: experts of a mixture, chosen in bf16, make single entries jump."""
-    return ((a - b).float().std() / b.float().std()).item()
-
-
-def next_logits(model, cache, ids: Tensor, mask: Tensor, position: Tensor) -> Tensor:
-    """(B, V) after ids (B, T), which `cache` will know then; the mask (B, all) is 0 for padding on the left."""
-    known = {"past_key_values": cache, "attention_mask": mask, "use_cache": True, "logits_to_keep": 1}
-    if "cache_params" in inspect.signature(model.forward).parameters:  # recurrent: swallows what it does not know
-        known |= {"cache_params": known.pop("past_key_values"), "attention_mask": mask[:, -ids.size(1) :]}
-    return model(input_ids=ids, position_ids=position, **known).logits[:, -1].float()
-
-
-@torch.no_grad()
-def check_cache(model) -> None:
-    """Raises ValueError if a padded row that stays while another leaves is not continued as without a cache."""
-    from transformers import DynamicCache
-
-    training, ids = model.training, torch.arange(16, device=model.device).view(2, 8) % 13 + 1
-    mask, cache = torch.ones_like(ids), DynamicCache(config=model.eval().config)
-    mask[1, :4] = 0
-    position = (mask.cumsum(1) - 1).clamp_min(0)
-    try:
-        both = next_logits(model, cache, ids[:, :7], mask[:, :7], position[:, :7])
-        cache.reorder_cache(torch.tensor([1], device=ids.device))
-        z = torch.cat([both[1:], next_logits(model, cache, ids[1:, 7:], mask[1:], position[1:, 7:])])
-        own = model(input_ids=ids[1:, 4:], use_cache=False).logits[0, -2:]
-    except (AttributeError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{type(model).__name__}: the hf sampler cannot use its cache ({e}): --sampler vllm") from e
-    model.train(training)
-    if _apart(z, own) > (0.1 if own.dtype == torch.bfloat16 else 0.005):
-        raise ValueError(f"{type(model).__name__}: the hf sampler's batches would be wrong: --sampler vllm")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -828,8 +803,8 @@ def _exit_with(parent: int) -> None:
 def _serve_teacher(load, address: str, key: bytes, clients: int, parent: int) -> None:
     """The process that owns the node's teacher: answers until all `clients` ranks have left, or `parent` is gone.
 
-    An answer is (True, the result) or (False, what went wrong): the rank that asked raises it. Tensors go as bytes:
-    multiprocessing's own way, shared memory, needs the sender to live on.
+    An answer is (True, the result) or (False, what went wrong). Tensors go as bytes: multiprocessing's own way, shared
+    memory, needs the sender to live on.
     """
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     teacher = LocalTeacher(load())
@@ -878,7 +853,7 @@ class SharedTeacher:
             here = next(address for n, address in found if n == node and address is not None)
         until, self.connection = time.monotonic() + timeout, None
         while self.connection is None:
-            if self.process is not None and not self.process.is_alive():
+            if self.process and not self.process.is_alive():
                 raise RuntimeError(f"the teacher's process ended with exit code {self.process.exitcode} while loading")
             if time.monotonic() > until:
                 raise TimeoutError(f"the teacher was not ready after {timeout:.0f} s")
@@ -937,7 +912,6 @@ class ServedTeacher:
         url: http://host:port, with or without /v1
         model: what the server is expected to serve, as a name or directory.
         k: how many tokens per position; at most the server's --max-logprobs.
-        key: that the server asks for.
         timeout: seconds of one try, to its last byte; there are retries + 1, with pauses of 0.5, 1, 2, .. up to 20.
     Raises: ConnectionError if the server cannot be reached, ValueError if it serves or answers something else.
     """
@@ -993,18 +967,13 @@ class ServedTeacher:
                 error = f"{type(e).__name__}: {e}"
                 continue
             error = f"{status} {data[:500].decode(errors='replace')}"
-            if status == 200:
-                found = answer.get(wanted) if isinstance(answer, dict) else None
-                if (
-                    not isinstance(found, list)
-                    or not found
-                    or not isinstance(found[0], int if wanted == "tokens" else dict)
-                ):
-                    raise ValueError(f"{self.url}{path} answered without {wanted!r}: {error}; is it vLLM?")
+            found = answer.get(wanted) if isinstance(answer, dict) else None
+            if isinstance(found, list) and found and isinstance(found[0], int if wanted == "tokens" else dict):
                 return found
             if status < 500 and status not in (408, 429):  # asking again would not help
+                what = f"answered without {wanted!r}, is it vLLM?" if status == 200 else "refused"
                 key = ": it asks for a key, see --teacher-key" if status in (401, 403) else ""
-                raise ValueError(f"{self.url}{path} refused: {error}{key}")
+                raise ValueError(f"{self.url}{path} {what}: {error}{key}")
         raise ConnectionError(
             f"the teacher at {self.url} did not answer {path} in {self.retries + 1} tries of {self.timeout:.0f} s: "
             f"{error}. Is it running (README, A served teacher)? The last checkpoint goes on with --resume."
@@ -1013,10 +982,8 @@ class ServedTeacher:
     def _complete(self, ids: list[int], **settings) -> dict:
         body = {"model": self.model, "prompt": ids, "add_special_tokens": False, "return_token_ids": True} | settings
         if (length := len(ids) + settings["max_tokens"]) > self.max_length:
-            raise ValueError(
-                f"{length} teacher tokens are more than the {self.max_length} that {self.url} takes: restart it with a "
-                "larger --max-model-len, or lower --max-length"
-            )
+            what = f"{length} teacher tokens are more than the {self.max_length} that {self.url} takes"
+            raise ValueError(f"{what}: restart it with a larger --max-model-len, or lower --max-length")
         choice = self._ask("/v1/completions", "choices", body)[0]
         if (read := choice.get("prompt_token_ids")) != ids:
             raise ValueError(f"{self.url} read other tokens than it was sent: {read} for {ids}")
@@ -1038,10 +1005,10 @@ class ServedTeacher:
             except (AttributeError, KeyError, TypeError, ValueError):
                 ok = False
             if not ok:
+                wanted = f"the top {self.k} and token {ids[position]} of a vocabulary of {self.size}"
+                found = f"{str(entries[position])[:300]}; does the server allow --max-logprobs {self.k}?"
                 raise ValueError(
-                    f"{self.url}: the answer at position {position} is not the top {self.k} and token {ids[position]} "
-                    f"of a vocabulary of {self.size} with their log probabilities: {str(entries[position])[:300]}; "
-                    f"does the server allow --max-logprobs {self.k}?"
+                    f"{self.url}: at position {position} are not the log probabilities of {wanted}: {found}"
                 )
         return np.minimum(own, 0), best[..., 0].astype(np.int64), np.minimum(best[..., 1], 0)
 
@@ -1051,9 +1018,8 @@ class ServedTeacher:
         return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*parts))
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        s = sampling
-        settings = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p}
-        settings |= {"max_tokens": s.max_new_tokens, "stop_token_ids": list(s.end_ids), "ignore_eos": True}
+        settings = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        settings |= {"max_tokens": sampling.max_new_tokens, "stop_token_ids": sampling.end_ids, "ignore_eos": True}
         asked = [self.pool.submit(self._complete, r.prompt_ids, seed=r.seed, **settings) for r in requests]
         choices = [future.result() for future in asked]
         if bad := [c for c in choices if not c.get("token_ids")]:

@@ -24,7 +24,6 @@ import json
 import math
 import operator
 import os
-import queue
 import random
 import re
 import signal
@@ -159,6 +158,7 @@ def classify(text: str, nums: Iterable[int], target: int, rule: Literal["exact",
 
 
 def grade_countdown(text: str, row: Row) -> Grade:
+    """By the rule "exact", and also by "at_most"."""
     nums, target = [int(n) for n in row.meta["nums"]], int(row.meta["target"])
     return Grade(classify(text, nums, target), {"at_most": classify(text, nums, target, "at_most") == "ok"})
 
@@ -211,6 +211,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def reference(row: Row) -> Fraction:
+    """The number that the row's answer is."""
     gold = final_number(str(row.answer))
     if gold is None:
         raise ValueError(f"{row.answer!r} is no number")
@@ -232,6 +233,7 @@ def grade_gsm8k(text: str, row: Row) -> Grade:
 
 
 def grade_integer(text: str, row: Row) -> Grade:
+    """AIME: right if the final number is the row's integer."""
     gold = reference(row)
     if gold.denominator != 1:
         raise ValueError(f"{row.answer!r} is no integer")
@@ -323,7 +325,8 @@ def few_shot_rows(task: Task) -> list[Row]:
     rows = gold_data.iter_rows(task.dataset, task.subset, "train") if task.few_shot else ()
     found = list(itertools.islice((row for row in rows if row.completion), task.few_shot))
     if len(found) < task.few_shot:
-        raise ValueError(f"task {task.name}: {task.dataset} has {len(found)} solved examples, not {task.few_shot}")
+        why = f"not {task.few_shot}: give it more rows, or --few-shot {len(found)}"
+        raise ValueError(f"task {task.name}: {task.dataset} has {len(found)} solved examples, {why}")
     return found
 
 
@@ -338,23 +341,26 @@ def load_task_rows(task: str | Task, max_samples: int | None = None, seed: int =
     if task.dataset in gold_data.BUILT_IN and max_samples is not None:
         split = f"{split}[:{max_samples}]"  # as many as one asks for
     rows = _text_rows(task) or gold_data.load_rows(task.dataset, task.subset, split)[0]
-    for number, row in enumerate(rows, 1):
-        has = row.meta | {"answer": row.answer, "completion": row.completion}
-        lacks = [name for name in task.needs if has.get(name) is None]
-        if lacks:
-            raise ValueError(f"task {task.name}: row {number} of {task.dataset} has no {' and no '.join(lacks)}")
-    rows = gold_data.without(rows, few_shot_rows(task))[0]
-    if not rows:
-        raise ValueError(f"task {task.name}: no question of {task.dataset} is left besides {task.few_shot} examples")
+    rows, asked = gold_data.without(rows, few_shot_rows(task))[0], []
+    if not len(rows):
+        why = f"besides the {task.few_shot} examples: give it more rows, or --few-shot 0"
+        raise ValueError(f"task {task.name}: no question of {task.dataset} is left {why}")
+    drawn = range(len(rows))
     if max_samples is not None and max_samples < len(rows):
-        rows = [rows[i] for i in sorted(random.Random(f"{task.name} {seed}").sample(range(len(rows)), max_samples))]
-    for row in rows if task.grade else ():
+        drawn = sorted(random.Random(f"{task.name} {seed}").sample(drawn, max_samples))
+    for i in drawn:
+        asked.append(row := rows[i])
+        has = row.meta | {"answer": row.answer, "completion": row.completion}
+        if lacks := [name for name in task.needs if has.get(name) is None]:
+            where = f"row {rows.index['position'][i] + 1} of {task.dataset}"
+            raise ValueError(f"task {task.name}: {where} has no {' and no '.join(lacks)}")
         try:
-            task.grade("", row)
+            if task.grade:
+                task.grade("", row)
         except (ValueError, TypeError, LookupError, ArithmeticError) as e:
-            asked = f"row {row.prompt[-1]['content'][:80]!r} of {task.dataset}"
-            raise ValueError(f"task {task.name}: the grader cannot read the answer of {asked}: {e}") from e
-    return rows
+            where = f"row {row.prompt[-1]['content'][:80]!r} of {task.dataset}"
+            raise ValueError(f"task {task.name}: the grader cannot read the answer of {where}: {e}") from e
+    return asked
 
 
 def _text_rows(task: Task) -> list[Row]:
@@ -368,6 +374,7 @@ def _text_rows(task: Task) -> list[Row]:
 
 
 def task_messages(task: Task, row: Row, examples: list[Row]) -> list[gold_data.Message]:
+    """The chat that asks a row: solved examples, the row's own turns, the task's instruction."""
     shots = [m for e in examples for m in (*e.prompt, {"role": "assistant", "content": e.completion})]
     *before, last = row.prompt
     return [*shots, *before, {"role": last["role"], "content": last["content"] + task.instruction}]
@@ -407,12 +414,12 @@ class Options:
 
 def open_model(name: str, revision: str | None, device: str, options: Options):
     """(sampler, tokenizer) of a model directory or Hub id."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer = gold_data.load_tokenizer(name, revision)
     dtype, limit = options.torch_dtype(device), options.max_length
     if options.engine == "vllm":
-        limit = min(limit, gold_buffer.positions(AutoConfig.from_pretrained(name, revision=revision)))
+        limit = int(min(limit, gold_buffer.positions(AutoConfig.from_pretrained(name, revision=revision))))
         memory = 2**28 if device == "cpu" else options.vllm_memory  # there its share would be one of the machine's
         how = {"revision": revision, "deadline": math.inf, "load_format": "auto"}
         return gold_buffer.VLLMSampler(name, limit, str(dtype)[6:], memory, **how), tokenizer
@@ -437,7 +444,7 @@ def evaluate(model, tokenizer, tasks: Iterable[str], save_to: str | Path | None 
     if isinstance(model, torch.nn.Module):
         model = gold_buffer.HFSampler(model, max_batch_tokens=options.batch_tokens, limit=options.max_length)
     for task in parse_tasks(tasks):
-        if options.few_shot is not None:
+        if options.few_shot is not None and task.grade:
             task = replace(task, few_shot=options.few_shot)
         start = time.perf_counter()
         result, answers = (accuracy if task.grade else perplexity)(model, tokenizer, task, options)
@@ -451,44 +458,36 @@ def evaluate(model, tokenizer, tasks: Iterable[str], save_to: str | Path | None 
 
 def accuracy(model, tokenizer, task: Task, options: Options) -> tuple[dict, list[dict]]:
     """(result, answers) of a task with a grader. Counts are over all answers; `se` is over questions."""
-    rows, examples, k = (
-        load_task_rows(task, options.max_samples, options.seed),
-        few_shot_rows(task),
-        options.num_samples,
-    )
+    rows, k = load_task_rows(task, options.max_samples, options.seed), options.num_samples
+    examples, ends = few_shot_rows(task), gold_data.end_ids(tokenizer, model.end_ids)
     prompts = [gold_data.encode_prompt(tokenizer, task_messages(task, row, examples)) for row in rows]
-    ends, fits = gold_data.end_ids(tokenizer, model.end_ids), [len(prompt) < model.limit for prompt in prompts]
-    seeds = [np.random.SeedSequence([options.seed, i]).generate_state(k).tolist() for i in range(len(rows))]
-    requests = [gold_buffer.Request(prompts[i], seed) for i in range(len(rows)) for seed in seeds[i] if fits[i]]
+    fits = [(i, j) for i, prompt in enumerate(prompts) if len(prompt) < model.limit for j in range(k)]
+    seeds = [int(np.random.SeedSequence([options.seed, i, j]).generate_state(1)[0]) for i, j in fits]
+    requests = [gold_buffer.Request(prompts[i], seed) for (i, _), seed in zip(fits, seeds)]
     sampling = gold_buffer.Sampling(options.max_new_tokens or task.max_new_tokens, options.temperature, end_ids=ends)
-    rollouts, answers, also = iter(model.generate(requests, sampling)), [], Counter()
-    for i, row in ((i, row) for i, row in enumerate(rows) for _ in range(k)):
-        ids = next(rollouts).completion_ids if fits[i] else []  # no room, no answer
+    written = {at: rollout.completion_ids for at, rollout in zip(fits, model.generate(requests, sampling))}
+    answers, also = [], Counter()
+    for i, j in itertools.product(range(len(rows)), range(k)):
+        ids = written.get((i, j), [])  # no room, no answer
         whole = tokenizer.decode(ids, skip_special_tokens=True)
         text = whole[: min((whole.find(s) for s in task.stop if s in whole), default=None)]
-        grade = task.grade(text, row)
+        grade = task.grade(text, rows[i])
         also.update(grade.also)
-        answer = {
-            "prompt": tokenizer.decode(prompts[i]),
-            "completion": text,
-            "reason": grade.reason,
-            "tokens": len(ids),
-        }
-        answer["truncated"] = text == whole and (not ids or ids[-1] not in ends)
-        answers.append(answer | {"answer": row.answer, "row": row.meta})  # whose columns may have any name
+        answers.append({
+            "prompt": tokenizer.decode(prompts[i]), "completion": text, "reason": grade.reason, "tokens": len(ids),
+            "truncated": text == whole and (not ids or ids[-1] not in ends),
+            "answer": rows[i].answer, "row": rows[i].meta,  # whose columns may have any name
+        })  # fmt: skip
     right = np.array([answer["reason"] == "ok" for answer in answers]).reshape(len(rows), k)
     return {
-        "n": len(rows),
-        "samples": k,
-        "correct": int(right.sum()),
-        "accuracy": float(right.mean()),
+        "n": len(rows), "samples": k, "correct": int(right.sum()), "accuracy": float(right.mean()),
         "se": float(right.mean(1).std() / math.sqrt(len(rows))),
         **{f"accuracy_{name}": count / len(answers) for name, count in also.items()},
         **{f"pass@{j}": pass_at(j, right) for j in powers(k)},
         "classes": dict.fromkeys(task.classes, 0) | Counter(answer["reason"] for answer in answers),
-        "too_long": fits.count(False),
+        "too_long": len(rows) - len(fits) // k,
         **{name: float(np.mean([answer[name] for answer in answers])) for name in ("truncated", "tokens")},
-    }, answers
+    }, answers  # fmt: skip
 
 
 def powers(k: int) -> list[int]:
@@ -529,8 +528,8 @@ def perplexity(model, tokenizer, task: Task, options: Options) -> tuple[dict, li
         asked = "\n".join(m["content"] for m in row.prompt if m["role"] == "user")
         context, answer = (f"Question: {asked}\nAnswer:", f" {row.completion}") if row.prompt else ("", row.completion)
         ids, size = encode(context + answer), len(answer.encode())
-        of_answer = {"answer_tokens": len(ids) - len(encode(context)), "answer_bytes": size}
-        totals.append({"tokens": len(ids), "bytes": len(context.encode()) + size} | of_answer)
+        total = {"tokens": len(ids), "bytes": len(context.encode()) + size}
+        totals.append(total | {"answer_tokens": len(ids) - len(encode(context)), "answer_bytes": size})
         stream += [*ids, eos]
         parts += windows(ids, prefix, model.window)
     if not parts:
@@ -538,62 +537,66 @@ def perplexity(model, tokenizer, task: Task, options: Options) -> tuple[dict, li
     scored = zip(parts, model.score([sequence for sequence, _ in parts]))
     logprobs = np.concatenate([found[len(found) - count :] for (_, count), found in scored])  # of every token, in order
     for total, end in zip(totals, itertools.accumulate(total["tokens"] for total in totals)):
-        total["nll"] = -float(logprobs[end - total["tokens"] : end].sum())
-        total["answer_nll"] = -float(logprobs[end - total["answer_tokens"] : end].sum())
+        for name in ("", "answer_"):
+            total[f"{name}nll"] = -float(logprobs[end - total[f"{name}tokens"] : end].sum())
     sums = {key: sum(total[key] for total in totals) for key in totals[0]}
-    rate = sums["nll"] / sums["bytes"]  # nats per byte
-    spread = math.sqrt(sum((total["nll"] - rate * total["bytes"]) ** 2 for total in totals))  # of a ratio of two sums
     result = {"n": len(rows), "tokens": sums["tokens"], "bytes": sums["bytes"]}
     for name in ("", "answer_") if rows[0].prompt else ("",):
         result[f"{name}perplexity"] = math.exp(sums[f"{name}nll"] / sums[f"{name}tokens"])
         result[f"{name}bits_per_byte"] = sums[f"{name}nll"] / sums[f"{name}bytes"] / math.log(2)
-    result["se"] = spread / sums["bytes"] / math.log(2)
+    spread = [t["nll"] / math.log(2) - result["bits_per_byte"] * t["bytes"] for t in totals]
+    result["se"] = math.hypot(*spread) / sums["bytes"]  # of a ratio of two sums
     body = min(options.wrap, model.window) - 2
-    chunks = [[prefix, *stream[i : i + body], eos] for i in range(0, len(stream) - body + 1, body)]
-    if chunks:
+    if chunks := [[prefix, *stream[i : i + body], eos] for i in range(0, len(stream) - body + 1, body)]:
         result["wrapped_perplexity"] = math.exp(-np.concatenate(model.score(chunks)).mean())
     return result, totals
 
 
-GRADED = "n samples correct accuracy se too_long truncated tokens seconds"
-MEASURED = (
-    "n tokens bytes perplexity bits_per_byte answer_perplexity answer_bits_per_byte se wrapped_perplexity seconds"
-)
 MAIN = ("/accuracy", "/bits_per_byte")  # the number that stands for a task
+SMALL = ("perplexity", "bits_per_byte")  # better if small
+MEASURED = (
+    "n",
+    "tokens",
+    "seconds",
+    "se",
+    "bytes",
+    *SMALL,
+    *(f"answer_{name}" for name in SMALL),
+    "wrapped_perplexity",
+)
+GRADED = ("n", "tokens", "seconds", "se", "samples", "correct", "accuracy", "truncated", "too_long")
 
 
 def metrics(tasks: Iterable[Task], num_samples: int = 1) -> list[str]:
     """The numbers that these tasks report, as flatten names them."""
     names = []
     for task in tasks:
-        more = [f"accuracy_{name}" for name in task.also] + [f"classes/{name}" for name in task.classes]
+        more = [*(f"accuracy_{name}" for name in task.also), *(f"classes/{name}" for name in task.classes)]
         more += [f"pass@{j}" for j in powers(num_samples)]
-        names += [f"{task.name}/{name}" for name in (GRADED.split() + more if task.grade else MEASURED.split())]
+        names += [f"{task.name}/{name}" for name in ((*GRADED, *more) if task.grade else MEASURED)]
     return names
 
 
 def headline(results: dict[str, dict], metric: str | None = None) -> tuple[str, float]:
     """(name, value) of the number to choose checkpoints by. Larger is better: what should be small comes back negated.
 
-    `metric` is "countdown/accuracy" or just "countdown"; None is the first task.
-    Raises ValueError that lists what there is.
+    `metric` is "countdown/accuracy" or just "countdown"; None is the first task. Raises ValueError that lists them all.
     """
-    numbers, name = flatten(results), metric or next(iter(results))
-    name = next((name + main for main in ("", *MAIN) if name + main in numbers), None)
-    if name is None:
-        raise ValueError(f"there is no metric {metric!r} among the results: {', '.join(sorted(numbers))}")
-    small = "perplexity" in name or "bits_per_byte" in name
-    return (f"-{name}", -numbers[name]) if small else (name, numbers[name])
+    numbers, metric = flatten(results), metric or next(iter(results))
+    for name in (metric + main for main in ("", *MAIN)):
+        if name in numbers:
+            return (f"-{name}", -numbers[name]) if name.endswith(SMALL) else (name, numbers[name])
+    raise ValueError(f"there is no metric {metric!r} among the results: {', '.join(sorted(numbers))}")
 
 
 def one_line(results: dict[str, dict]) -> str:
     """The results for a console."""
-    parts = []
+    text = ""
     for task, r in results.items():
         name = "accuracy" if "accuracy" in r else "bits_per_byte"
         more = f", truncated {r['truncated']:.0%}" if r.get("truncated") else ""
-        parts.append(f"{task} {name} {r[name]:.4f} ± {r['se']:.4f} (n {r['n']}{more}, {r['seconds']:.0f} s)")
-    return "; ".join(parts)
+        text += f"; {task} {name} {r[name]:.4f} ± {r['se']:.4f} (n {r['n']}{more}, {r['seconds']:.0f} s)"
+    return text[2:]
 
 
 def flatten(nested: dict, prefix: str = "") -> dict[str, float]:
@@ -613,18 +616,17 @@ class Evaluator:
 
     A thread could not: Python work in it slows training up to a hundredfold (one interpreter lock), and it cannot be
     killed. So the thread here only waits; the child dies with its parent or at its time limit. They talk in lines of
-    JSON: {"step", "model", "dir", "revision"} on the child's stdin, {"status", "results" or "error"} on its stdout. One
-    child serves all steps of a model: only its weights are read again.
+    JSON: {"step", "model", "dir", ..} on the child's stdin, {"status", "results" or "error"} on its stdout. One child
+    serves all steps of a model: only its weights are read again. What it prints goes to eval.log.
 
     Each submit is answered by exactly one record {"step", "model", "status", "seconds", "results", "error"}: status ok,
     error (an exception), crashed, timeout, dropped (a newer one took its place, or close came before its turn) or
     refused (after `max_failures` in a row, or after close). A failure is printed and counted; it raises nothing.
 
-    `out` is the folder for eval.jsonl, eval.log (what the child prints) and completions/; `device` is "cpu", or
-    "cuda:1" as the trainer counts GPUs; `timeout` is in seconds, for one evaluation with the start of the child;
-    `echo`: nobody trains, and the child prints here. If a step is waiting already, policy "drop_oldest" replaces it and
-    "wait" makes submit wait; step 0, the final step and other models are never dropped. `options` are fields of
-    Options. Raises ValueError for an unknown task or policy, or a GPU that is not there.
+    `device` is "cpu", or "cuda:1" as the trainer counts GPUs; `timeout` is in seconds, for one evaluation with the
+    start of the child; `echo`: nobody trains, and the child prints here. If a step is waiting already, policy
+    "drop_oldest" replaces it and "wait" makes submit wait; step 0, the final step and other models are never dropped.
+    Raises ValueError for an unknown task, policy or option (Options), or a GPU that is not there.
     """
 
     script = __file__  # what the child runs with --serve; it has to define the same TASKS
@@ -638,52 +640,39 @@ class Evaluator:
             raise ValueError(f"policy {policy!r} is neither drop_oldest nor wait")
         if not parse_tasks(tasks := list(tasks)):
             raise ValueError(f"no task to evaluate on: choose among {', '.join(TASKS)}")
-        self.out, self.policy, self.timeout, self.max_failures, self.echo = (
-            Path(out),
-            policy,
-            timeout,
-            max_failures,
-            echo,
-        )
+        self.out, self.policy, self.timeout, self.max_failures = Path(out), policy, timeout, max_failures
         self.setup = {"parent": os.getpid(), "tasks": tasks, "out": str(out), "device": device.split(":")[0]}
-        self.setup |= {"alone": echo, "options": asdict(Options(**options))}
+        self.setup |= {"echo": echo, "options": asdict(Options(**options))}
         self.env, self.child, self.model = child_env(device), None, None  # the process, and whose weights it has
-        self.waiting: deque[tuple[dict, bool]] = deque()  # (job, whether it is never dropped)
-        self.records: queue.SimpleQueue[dict] = queue.SimpleQueue()
-        self.counts: Counter[str] = Counter()  # of statuses
-        self.changed, self.closed, self.cut_short, self.disabled = threading.Condition(), False, False, ""
+        self.waiting, self.records, self.counts = deque(), deque(), Counter()  # jobs; results; statuses
+        self.changed, self.closed, self.cut_short, self.disabled = threading.Condition(), False, False, ""  # why
         self.out.mkdir(parents=True, exist_ok=True)
         self.thread = threading.Thread(target=self._supervise, name="evaluator", daemon=True)
         self.thread.start()
-
-    # ---- the trainer's side
 
     def submit(
         self, step: int | None, folder: str | Path, final=False, model: str = "student", revision: str | None = None
     ) -> None:
         """Have a model directory scored, which has to stay until its record is there; other models have no step."""
-        job = {"step": step, "model": model, "dir": str(folder), "revision": revision}
-        older = lambda: [old for old in self.waiting if step and not old[1]]
+        job = {"step": step, "model": model, "dir": str(folder), "revision": revision, "final": final or not step}
+        older = lambda: [old for old in self.waiting if step and not old["final"]]
         with self.changed:
             self.changed.wait_for(lambda: self.policy != "wait" or not older() or self.disabled or self.closed)
             for old in older():
                 self.waiting.remove(old)
-                self._record(old[0], "dropped", error=f"replaced by step {step}")
+                self._record(old, {"status": "dropped", "error": f"replaced by step {step}"})
             if self.disabled or self.closed:
-                self._record(job, "refused", error=self.disabled or "the evaluator is closed")
+                self._record(job, {"status": "refused", "error": self.disabled or "the evaluator is closed"})
             else:
-                self.waiting.append((job, final or not step))
+                self.waiting.append(job)
             self.changed.notify_all()
 
     def poll(self) -> list[dict]:
         """The records that arrived since the last call."""
-        return [self.records.get() for _ in range(self.records.qsize())]
+        return [self.records.popleft() for _ in range(len(self.records))]
 
     def close(self, timeout: float | None = None) -> bool:
-        """Wait for what was submitted, at most `timeout` seconds, and stop the child. True if nothing was cut short.
-
-        Call it after the process group is gone: the other ranks would wait for this one.
-        """
+        """Wait for what was submitted, at most `timeout` seconds, and stop the child. True if nothing was cut short."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
@@ -703,22 +692,25 @@ class Evaluator:
     def failures(self) -> int:
         return sum(self.counts[status] for status in ("error", "crashed", "timeout"))
 
-    def _record(self, job: dict, status: str, seconds: float = 0.0, results=None, error: str = "") -> None:
-        record = {"step": job["step"], "model": job["model"], "status": status, "seconds": round(seconds, 3)}
-        record |= {"results": results or {}} | ({"error": error} if error else {})
+    def _record(self, job: dict, answer: dict, seconds: float = 0.0) -> None:
+        record = {"step": job["step"], "model": job["model"], "seconds": round(seconds, 3), "results": {}} | answer
         with self.changed:
-            self.counts[status] += 1
+            self.counts[record["status"]] += 1
             with contextlib.suppress(OSError):  # a full disk must not end the thread that owes further answers
                 append_jsonl(self.out / "eval.jsonl", record)
-            self.records.put(record)
-        if status not in ("ok", "dropped"):
-            print(f"eval: {job['model']} step {job['step']}: {status}: {error}", file=sys.stderr, flush=True)
-
-    # ---- the supervisor's side
+            self.records.append(record)
+        if record["status"] not in ("ok", "dropped"):
+            print(f"eval: {job['model']} step {job['step']}: {answer['status']}: {answer['error']}", file=sys.stderr)
 
     def _supervise(self) -> None:
         in_a_row = 0
-        while job := self._next():
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.closed)
+                if not self.waiting:
+                    return stop(self.child)
+                job = self.waiting.popleft()
+                self.changed.notify_all()
             start = time.monotonic()
             try:
                 answer = self._ask(job)
@@ -727,57 +719,48 @@ class Evaluator:
             in_a_row = 0 if answer["status"] == "ok" else in_a_row + 1
             if in_a_row:
                 stop(self.child)  # after an exception neither CUDA nor vLLM can be trusted
-            if in_a_row == self.max_failures:
+            if in_a_row == self.max_failures and not self.cut_short:
                 self.disabled = f"given up after {in_a_row} failures in a row, the last: {answer['error'][-300:]}"
-            self._record(job, seconds=time.monotonic() - start, **answer)
-        stop(self.child)
-
-    def _next(self) -> dict | None:
-        """The job that waits longest; None when there will be no more."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.waiting or self.closed)
-            while self.waiting and (self.disabled or self.cut_short):
-                status, why = ("refused", self.disabled) if self.disabled else ("dropped", "closed before its turn")
-                self._record(self.waiting.popleft()[0], status, error=why)
-            self.changed.notify_all()
-            return self.waiting.popleft()[0] if self.waiting else None
+            self._record(job, answer, time.monotonic() - start)
 
     def _ask(self, job: dict) -> dict:
         """The child's answer, or what became of it."""
+        if self.disabled or self.cut_short:
+            why = self.disabled or "the evaluator was closed before its turn"
+            return {"status": "refused" if self.disabled else "dropped", "error": why}
         if self.child is None or self.child.poll() is not None or self.model != job["model"]:
             stop(self.child)
             with open(self.out / "eval.log", "a") as log:
                 self.child = subprocess.Popen(
-                    [sys.executable, "-X", "faulthandler", self.script, "--serve", json.dumps(self.setup)],
-                    env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None if self.echo else log,
-                    bufsize=0, start_new_session=True,  # what it starts is killed with it, and Ctrl-C is ours to handle
+                    [sys.executable, "-X", "faulthandler", self.script, "--serve", json.dumps(self.setup)], bufsize=0,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None if self.setup["echo"] else log,
+                    env=self.env, start_new_session=True,  # killed with what it starts; and Ctrl-C is ours to handle
                 )  # fmt: skip
             self.model = job["model"]
-        late, answer = threading.Event(), None
+        late = threading.Event()
         timer = threading.Timer(self.timeout, lambda: (late.set(), stop(self.child)))
         timer.start()
         try:
-            self.child.stdin.write(json.dumps(job).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # it died before it could read
+                self.child.stdin.write(json.dumps(job).encode() + b"\n")
             lines = (x for x in self.child.stdout if x.startswith(b'{"status"') and x.endswith(b"\n"))
             answer = json.loads(next(lines, "null"))  # other lines were printed before serve took over
-        except BrokenPipeError:
-            pass  # it died before it could read
         finally:
             timer.cancel()
             timer.join()
-        if late.is_set() or (self.cut_short and answer is None):
-            return {"status": "timeout", "error": "no answer in time, child killed"}
-        if answer is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.child.wait(5)
-            stop(self.child)
+        if answer is None and (late.is_set() or self.cut_short):
+            answer = {"status": "timeout", "error": "no answer in time, child killed"}
+        elif answer is None:
+            stop(self.child, grace=5.0)
             answer = {"status": "crashed", "error": f"exit code {self.child.returncode}, see {self.out}/eval.log"}
         return answer
 
 
-def stop(child: subprocess.Popen | None) -> None:
-    """End a process and what it started."""
+def stop(child: subprocess.Popen | None, grace: float = 0.0) -> None:
+    """End a process, if it does not end by itself in `grace` seconds, and what it started."""
     if child is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(grace)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
@@ -806,7 +789,7 @@ def serve(setup: str) -> None:
     if os.getppid() != setup["parent"]:  # it died before that call
         return
     device, options, model = setup["device"], Options(**setup["options"]), None
-    if device == "cpu" and not setup["alone"]:
+    if device == "cpu" and not setup["echo"]:
         os.nice(10)  # training goes first, ...
         with contextlib.suppress(OSError):  # ... also where Linux shares the cores among sessions before processes
             Path("/proc/self/autogroup").write_text("10")
@@ -836,19 +819,19 @@ def serve(setup: str) -> None:
 def table(results: dict[str, dict]) -> str:
     """Markdown table of one task from {model: result}, in the layout of the published Countdown tables."""
     found = list(dict.fromkeys(key for r in results.values() for key in r))
-    if "accuracy" in found:
-        classes = list(dict.fromkeys(c for r in results.values() for c in r["classes"] if c != "ok"))
-        rates = ["truncated", *(key for key in found if key.startswith(("accuracy_", "pass@")))]
-        rows = [["model", "correct", "accuracy", *classes, *rates]]
-        for model, r in results.items():
-            shares = (f"{100 * r[key]:.2f} %" if key in r else "-" for key in rates)
-            score = f"{100 * r['accuracy']:.2f} ± {100 * r['se']:.2f} %"
-            rows.append([model, r["correct"], score, *(r["classes"].get(c, 0) for c in classes), *shares])
-    else:
-        names = [key for key in found if key.endswith(("perplexity", "bits_per_byte"))]
-        rows = [["model", *names, "rows", "tokens"]]
-        for model, r in results.items():
-            rows.append([model, *(f"{r[key]:.4f}" if key in r else "-" for key in names), r["n"], r["tokens"]])
+    if "accuracy" not in found:
+        names = [name for name in found if name.endswith(SMALL)]
+        numbers = {
+            m: [*(f"{r[n]:.4f}" if n in r else "-" for n in names), r["n"], r["tokens"]] for m, r in results.items()
+        }
+        return markdown([["model", *names, "rows", "tokens"], *([model, *cells] for model, cells in numbers.items())])
+    classes = list(dict.fromkeys(c for r in results.values() for c in r["classes"] if c != "ok"))
+    rates = ["truncated", *(key for key in found if key.startswith(("accuracy_", "pass@")))]
+    rows = [["model", "correct", "accuracy", *classes, *rates]]
+    for model, r in results.items():
+        score = f"{100 * r['accuracy']:.2f} ± {100 * r['se']:.2f} %"
+        shares = (f"{100 * r[key]:.2f} %" if key in r else "-" for key in rates)
+        rows.append([model, r["correct"], score, *(r["classes"].get(c, 0) for c in classes), *shares])
     return markdown(rows)
 
 
@@ -877,10 +860,7 @@ def report(models: dict[str, dict[str, dict]]) -> str:
 
 
 def plot_classes(models: dict[str, dict[str, dict]], path: str | Path) -> None:
-    """Bar chart (PNG) of what became of the answers: a panel per task, a group per class, a bar per model.
-
-    Tasks without classes are left out; if none is left, nothing is drawn.
-    """
+    """Bar chart (PNG) of what became of the answers, if any: a panel per task, a group per class, a bar per model."""
     from matplotlib.figure import Figure
 
     graded = {task: found for task, found in by_task(models).items() if "classes" in next(iter(found.values()))}
@@ -888,8 +868,7 @@ def plot_classes(models: dict[str, dict[str, dict]], path: str | Path) -> None:
         return
     figure = Figure(figsize=(11, 3.6 * len(graded)), layout="constrained")
     for axes, (task, found) in zip(np.atleast_1d(figure.subplots(len(graded))), graded.items()):
-        names = list(dict.fromkeys(name for r in found.values() for name in r["classes"]))
-        width = 0.8 / len(found)
+        names, width = list(dict.fromkeys(c for r in found.values() for c in r["classes"])), 0.8 / len(found)
         for i, (model, r) in enumerate(found.items()):
             shares = [100 * r["classes"].get(name, 0) / sum(r["classes"].values()) for name in names]
             bars = axes.bar(np.arange(len(names)) + (i - (len(found) - 1) / 2) * width, shares, width, label=model)
@@ -934,9 +913,8 @@ def read_run(folder: str | Path) -> dict[str, dict[int, float]]:
 
 
 def plot_runs(folders: Iterable[str | Path], path: str | Path, metric: str | None = None) -> None:
-    """Curves (PNG) of training runs: loss and `metric`, over steps and over trained tokens.
+    """Curves (PNG) of training runs: loss and `metric` ("task/name"; None: the first), over steps and trained tokens.
 
-    `metric` is "task/name"; None is the main one of the first task that was evaluated.
     Raises ValueError for a metric that no run has.
     """
     from matplotlib.figure import Figure
@@ -985,8 +963,8 @@ def main(config: Config) -> int:
         if not Path(model).exists() and (model.count("/") > 1 or model[0] in "./~"):
             raise FileNotFoundError(f"there is no model directory {model}")
     out, options = Path(config.out), asdict(config.scoring)
+    out.mkdir(parents=True, exist_ok=True)
     if config.runs:
-        out.mkdir(parents=True, exist_ok=True)
         plot_runs(config.runs, out / "runs.png", config.metric)
         print(f"curves of {len(config.runs)} runs in {out / 'runs.png'}")
     if not config.model:
@@ -994,8 +972,7 @@ def main(config: Config) -> int:
     device = ("cuda:0" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     evaluator = Evaluator(config.tasks, out, device, timeout=config.timeout, echo=True, **options)
     short = [Path(model).name for model in config.model]
-    names = short if len(set(short)) == len(short) else config.model
-    for name, model in zip(names, config.model):
+    for name, model in zip(short if len(set(short)) == len(short) else config.model, config.model):
         evaluator.submit(None, model, model=name)
     evaluator.close()
     models = {record["model"]: record["results"] for record in evaluator.poll() if record["status"] == "ok"}
@@ -1004,7 +981,7 @@ def main(config: Config) -> int:
     (out / "results.json").write_text(json.dumps({"options": options, "models": models}, indent=2) + "\n")
     if config.plot:
         plot_classes(models, out / "classes.png")
-    return 0 if len(models) == len(names) else 1
+    return int(len(models) < len(config.model))
 
 
 if __name__ == "__main__":

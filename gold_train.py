@@ -488,7 +488,7 @@ def distill(
 
     If anything of the teacher's or the loss itself is not finite, the total and the gradient of every row are NaN.
     """
-    start, teacher, device = time.perf_counter(), parts.teacher, student.hidden.device
+    stop, teacher, device = stats.clock("timing/teacher", student.hidden.device), parts.teacher, student.hidden.device
     if isinstance(teacher, gold_buffer.ServedTeacher):
         lengths = batch.teacher_mask.sum(1).tolist()
         sequences = [ids[:n].tolist() for ids, n in zip(batch.teacher_ids, lengths)]
@@ -497,14 +497,12 @@ def distill(
         bad = torch.zeros((), device=device)  # what a server tells is refused if it is not finite
     else:
         hidden = teacher.hidden(batch.teacher_ids, batch.teacher_rows).to(device)
-        if hidden.is_cuda:
-            torch.cuda.synchronize()  # or its time would be counted where the next value is read
         bad = (~hidden.isfinite()).sum()
         stats.add("nonfinite/teacher", bad)
         theirs = gold_loss.Side(
             hidden, parts.teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature
         )
-    stats.add("timing/teacher", time.perf_counter() - start)
+    stop()
     loss, sample = parts.pairing.compare(student, theirs, batch)
     # no comparison with NaN is true, so a loss can lose sight of it; the gradient's norm is looked at on every rank
     wrong = (bad > 0) | ~loss.values.isfinite().all() | ~loss.total.detach().isfinite()
@@ -534,15 +532,15 @@ def micro_batch_loss(cfg: Config, parts: Parts, batch: gold_data.Batch, counts, 
         total = total + loss.total / counts[0]
         stats.add("jsd", loss.values.sum())
         on_policy = batch.on_policy[sample]
-        stats.add("jsd_on", loss.values[on_policy].sum())
-        stats.add("jsd_off", loss.values[~on_policy].sum())
+        stats.add("jsd_on", loss.values.where(on_policy, 0.0).sum())  # an index by a mask would wait for the GPU
+        stats.add("jsd_off", loss.values.where(~on_policy, 0.0).sum())
         token_on = batch.on_policy[batch.student_sample[batch.scored]]
         stats.add("tokens_on", token_on.sum())
         stats.add("tokens_off", (~token_on).sum())
         stats.mean("actor/entropy", loss.stats["entropy"])
         theirs = batch.sampler_logprobs[batch.scored if loss.rows is None else batch.scored[loss.rows]]
         drift = (loss.stats["logprob"] - theirs).abs()
-        stats.mean("gold/drift", drift[drift.isfinite()])
+        stats.mean("gold/drift", drift, drift.isfinite())
         for name in ("teacher_mass", "student_mass", "matched", "unmatched"):
             if name in loss.stats:
                 stats.mean(f"actor/{name}", loss.stats[name])
@@ -564,20 +562,33 @@ class Stats:
     def __init__(self):
         self.sums: dict[str, Tensor | float] = {}
         self.largest: dict[str, float] = {}
+        self.late: list[Callable] = []  # what reads a GPU's clock, at the end: nobody waits for it in between
 
     def add(self, name: str, value) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def mean(self, name: str, values) -> None:
+    def mean(self, name: str, values, where: Tensor | None = None) -> None:
         values = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.float32)
-        self.add(f"{name}|sum", values.sum())
-        self.add(f"{name}|count", float(values.numel()))
+        self.add(f"{name}|sum", values.sum() if where is None else values.where(where, 0.0).sum())
+        self.add(f"{name}|count", float(values.numel()) if where is None else where.sum())
+
+    def clock(self, name: str, device: torch.device) -> Callable[[], None]:
+        """Starts a clock; calling the result stops it and adds the seconds."""
+        if device.type != "cuda":
+            start = time.perf_counter()
+            return lambda: self.add(name, time.perf_counter() - start)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.late.append(lambda: self.add(name, begin.elapsed_time(end) / 1000))
+        begin.record()
+        return end.record
 
     def max(self, name: str, value: float) -> None:
         self.largest[name] = max(self.largest.get(name, -math.inf), value)
 
     def reduce(self, device: torch.device) -> dict[str, float]:
         """Over all ranks, which must have been told of the same names; a mean of nothing is left out."""
+        for read in self.late:
+            read()
         names, most = sorted(self.sums), sorted(self.largest)
         sums = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names])
         largest = torch.tensor([self.largest[n] for n in most], device=device)
@@ -844,9 +855,8 @@ def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
     dtype = compute_dtype(cfg, ranks.device)
     model = Student(student, torch.compile(backbone) if cfg.compile else backbone, dtype)
     if dist.is_initialized():
-        # gradients live in the buckets and stay there, see zero_grad; there are no buffers that training changes
         devices = [ranks.local_rank] if ranks.device.type == "cuda" else None
-        model = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)  # they stay there: see zero_grad
     return student, gold_loss.Head(**head), model
 
 
@@ -880,7 +890,7 @@ def open_sampler(cfg: Config, student, device: torch.device, say):
         if cfg.lag > 0:  # windows are sampled while the original is trained
             student = copy.deepcopy(student).to(cfg.sampler_device or device, dtype).eval().requires_grad_(False)
         return gold_buffer.HFSampler(student, own=cfg.lag > 0, dtype=dtype)
-    with gold_buffer.engine_stream():
+    with torch.cuda.stream(gold_buffer.engine_stream()):
         sampler = gold_buffer.VLLMSampler(
             cfg.student_model, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size,
             cfg.student_revision, deadline=cfg.vllm_deadline, sleep=cfg.lag == 0,

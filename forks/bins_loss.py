@@ -3,7 +3,8 @@
     python forks/bins_loss.py --cross-tokenizer-loss bins --output-dir out/bins       any flag of gold_train.py
     python forks/bins_loss.py --cross-tokenizer-loss bins+alm --output-dir out/bins   plus the likelihood of spans
 
-Expected of the first: EXPECTED
+Expected of the first: 64.8 % of the embedded job's 512 held-out puzzles after 600 steps (0.4 % before, answers alone
+47.9 %, teacher 89.5 %), seed 0, 2 shared CPU cores, minutes, 2026-11-26; `prefix` has 65.2 % with that seed.
 
 What to copy: a function (student side, teacher side, ..) -> gold_loss.Loss, a function that makes its tables once and
 returns what compares a batch, and the line that enters it into gold_train.CROSS_LOSSES.

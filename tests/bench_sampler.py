@@ -65,7 +65,7 @@ def phases(name: str, lag: int, student: Path, teacher: Path, folder: Path) -> d
     cfg = gold_train.Config(
         student_model=str(student), teacher_model=str(teacher), dataset=str(folder / "data.jsonl"), sampler=name,
         lag=lag, lmbda=1.0, max_steps=10, per_device_train_batch_size=8, gradient_accumulation_steps=4, max_length=160,
-        max_completion_length=NEW, vllm_memory=MEMORY, vllm_enforce_eager=not torch.cuda.is_available(),
+        max_completion_length=NEW, vllm_memory=MEMORY,
         output_dir=str(folder / f"{name}-{lag}"),
     )  # fmt: skip
     gold_train.train(cfg, gold_train.setup_ranks())
@@ -89,9 +89,7 @@ def main() -> None:
         sampling = Sampling(NEW, 1.0)  # no end: all completions are equally long
         samplers = {"hf": lambda: HFSampler(model, dtype=dtype)}
         if importlib.util.find_spec("vllm"):
-            samplers["vllm"] = lambda: VLLMSampler(
-                str(student), 256, str(dtype)[6:], MEMORY, enforce_eager=device == "cpu"
-            )
+            samplers["vllm"] = lambda: VLLMSampler(str(student), 256, str(dtype)[6:], MEMORY)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"\n{parameters:.1f} M parameters, {PROMPT} + {NEW} tokens, {device}; tokens/s by prompts in a window\n")
         print("| sampler | " + " | ".join(map(str, WINDOWS)) + " | 16 against 16 x 1 | sync, ms |")

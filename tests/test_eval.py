@@ -108,18 +108,20 @@ def test_greedy_answers_of_an_evaluation_and_of_a_training_window_are_the_same_t
     gold_eval.evaluate(model, tokenizer, ["countdown-mini"], tmp_path, max_samples=9, max_new_tokens=12)
     answers = [json.loads(line) for line in (tmp_path / "countdown-mini.jsonl").read_text().splitlines()]
     vocabulary = gold_data.Vocabulary(tokenizer, gold_data.end_ids(tokenizer), len(tokenizer))
+    rows = gold_eval.load_task_rows("countdown-mini", 9)
     buffer = gold_buffer.WindowBuffer(
         gold_buffer.Schedule(0, 1.0, 9, 1),
-        gold_buffer.RowStream(gold_eval.load_task_rows("countdown-mini", 9), 0, shuffle=False),
+        gold_buffer.RowStream(rows, 0),
         gold_buffer.Encoder(vocabulary, None, 12, False, False), gold_buffer.HFSampler(model),
         gold_buffer.Sampling(12, 0.0, end_ids=vocabulary.ends), model.state_dict, 1,
     )  # fmt: skip
     window = buffer.get(0)
     buffer.close()
-    assert [tokenizer.decode(s.prompt_ids) for s in window.samples] == [answer["prompt"] for answer in answers]
-    texts = [tokenizer.decode(s.completion_ids, skip_special_tokens=True) for s in window.samples]
-    assert texts == [answer["completion"] for answer in answers]
-    assert [len(s.completion_ids) for s in window.samples] == [answer["tokens"] for answer in answers]
+    assert len(window.samples) == len(answers) == 9
+    for sample in window.samples:
+        (answer,) = (a for a in answers if a["prompt"] == tokenizer.decode(sample.prompt_ids))
+        assert tokenizer.decode(sample.completion_ids, skip_special_tokens=True) == answer["completion"]
+        assert len(sample.completion_ids) == answer["tokens"]
 
 
 def test_samples_are_repeated_by_the_seed_and_leave_the_caller_as_it_was(guess, tmp_path):
@@ -237,6 +239,11 @@ def test_bits_per_byte_use_the_beginning_token_where_the_tokenizer_has_one(texts
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in MULTILINGUAL]
     nll = sum(plain_perplexity(model, ids, tokenizer.bos_token_id) for ids in encoded)
     assert result["perplexity"] == pytest.approx(math.exp(nll / result["tokens"]), rel=1e-5)
+
+
+def test_examples_are_for_questions_and_change_no_perplexity(texts):
+    plain, asked = (gold_eval.evaluate(student(), byte_level(), [f"ppl={texts}"], few_shot=n)["ppl"] for n in (None, 3))
+    assert asked["bits_per_byte"] == plain["bits_per_byte"]
 
 
 def test_windows_score_every_token_once_with_all_the_context_that_fits():
@@ -411,8 +418,8 @@ def test_the_child_is_told_in_one_line_what_to_score_and_another_model_gets_anot
         evaluator.submit(step, f"candidates/{step}")
     assert evaluator.close()
     teacher, first, second = (r["results"]["t"] for r in evaluator.poll())
-    assert teacher["job"] == {"step": None, "model": "teacher", "dir": "t", "revision": "main"}
-    assert second["job"] == {"step": 5, "model": "student", "dir": "candidates/5", "revision": None}
+    assert teacher["job"] == {"step": None, "model": "teacher", "dir": "t", "revision": "main", "final": True}
+    assert second["job"] == {"step": 5, "model": "student", "dir": "candidates/5", "revision": None, "final": False}
     assert teacher["pid"] != first["pid"] == second["pid"]
 
 
@@ -739,8 +746,8 @@ def test_what_libraries_print_goes_to_the_log_and_not_into_the_answer(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_the_child_dies_with_a_parent_that_is_killed_even_while_it_hangs(tmp_path, end):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, "exception"])
+def test_the_child_dies_with_a_parent_that_ends_in_any_way_even_while_it_hangs(tmp_path, end):
     """The child sleeps in C with the interpreter's lock held, so nothing in it could notice."""
     code = f"""
         import ctypes, os, sys, time
@@ -755,18 +762,19 @@ def test_the_child_dies_with_a_parent_that_is_killed_even_while_it_hangs(tmp_pat
             gold_eval.serve(sys.argv[2])
         evaluator = gold_eval.Evaluator(["countdown-mini"], {str(tmp_path / "out")!r})
         evaluator.submit(0, "here")
-        time.sleep(1000)
+        sys.stdin.read()
+        raise RuntimeError("training failed")
     """
     (tmp_path / "parent.py").write_text(textwrap.dedent(code))
-    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")])
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], stdin=subprocess.PIPE)
     deadline = time.monotonic() + 90
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < deadline and parent.poll() is None
         time.sleep(0.1)
     pid = int((tmp_path / "pid").read_text())
     os.kill(pid, 0)  # it lives
-    parent.send_signal(end)
-    parent.wait()
+    parent.stdin.close() if end == "exception" else parent.send_signal(end)
+    parent.wait(30)
     deadline = time.monotonic() + 10
     while running(pid):
         assert time.monotonic() < deadline, "the child outlives its parent"
@@ -775,7 +783,7 @@ def test_the_child_dies_with_a_parent_that_is_killed_even_while_it_hangs(tmp_pat
 
 @pytest.mark.slow
 def test_the_child_ends_when_nobody_is_left_to_ask(tmp_path):
-    setup = {"parent": os.getpid(), "tasks": ["countdown-mini"], "out": str(tmp_path), "device": "cpu", "alone": True}
+    setup = {"parent": os.getpid(), "tasks": ["countdown-mini"], "out": str(tmp_path), "device": "cpu", "echo": True}
     setup |= {"options": {}}
     command = [sys.executable, "gold_eval.py", "--serve", json.dumps(setup)]
     done = subprocess.run(command, cwd=ROOT, input=b"", capture_output=True, timeout=60)

@@ -4,6 +4,7 @@ pytest tests/test_loss.py
 """
 
 import math
+from dataclasses import replace
 
 import bins_loss
 import pytest
@@ -29,9 +30,10 @@ def laws(z):
     return [reference.softmax(row) for row in z.tolist()]
 
 
-def as_side(z, ids=None, span=None, temperature=1.0):
-    """A side whose hidden states are the logits themselves."""
-    return Side(z, Head(torch.eye(z.size(1), dtype=z.dtype)), ids, span, temperature)
+def as_side(z, ids=None, span=None, temperature=1.0, masked=()):
+    """A side whose hidden states are the logits themselves; the ids in `masked` get -inf from the head's bias."""
+    bias = torch.zeros(z.size(1), dtype=z.dtype).index_fill(0, torch.tensor(masked), -math.inf) if masked else None
+    return Side(z, Head(torch.eye(z.size(1), dtype=z.dtype), bias), ids, span, temperature)
 
 
 def heads(softcap=None, scale=1.0, bias=True, n=7, h=5, v=11, d=4, u=11):
@@ -221,6 +223,62 @@ def test_the_largest_buffer_is_a_chunk_not_the_batch():
     assert max(sizes) == max(chunk * v, v * 8)
 
 
+MASKS = [((2, 5), ()), ((), (2, 5)), ((2, 5), (2, 5)), ((2, 5), (5, 6))]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("masks", MASKS, ids=str)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_masked_ids_give_fused_jsd_the_values_and_gradients_of_the_definition(beta, masks, dtype, temperature):
+    """A logit of -inf on either side."""
+    student, teacher = heads(bias=False)
+    h, w, th, tw = (
+        x.detach().to(dtype) for x in (student.hidden, student.head.weight, teacher.hidden, teacher.head.weight)
+    )
+    inputs = [h.requires_grad_(), w.requires_grad_(), torch.zeros(11, dtype=dtype, requires_grad=True)]
+    ours, theirs = (
+        torch.zeros(11, dtype=dtype).index_fill(0, torch.tensor(m, dtype=torch.long), -math.inf) for m in masks
+    )
+    inputs[2].data += ours
+    values = gold_loss.jsd(h @ w.T + inputs[2], th @ tw.T + theirs, beta, temperature)
+    expected = torch.autograd.grad(values.sum(), inputs)
+    sides = (
+        Side(h, Head(w, inputs[2]), student.ids, None, temperature),
+        Side(th, Head(tw, theirs), None, None, temperature),
+    )
+    loss = gold_loss.fused_jsd(*sides, beta, chunk=3)
+    got = torch.autograd.grad(loss.total, inputs)
+    close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    assert loss.values.isfinite().all() and all(
+        stat.isfinite().all() for stat in loss.stats.values() if stat is not loss.stats["logprob"]
+    )
+    assert torch.allclose(loss.values, values, **close)
+    for a, b in zip(got, expected):
+        assert a.isfinite().all() and torch.allclose(a, b, **close)
+
+
+def test_one_pass_backward_hands_its_gradient_over_and_a_second_one_is_refused():
+    student, teacher = heads(bias=False)
+    w = student.head.weight
+    loss = gold_loss.fused_jsd(student, teacher, 0.5).total
+    twice = [torch.autograd.grad(3 * loss, w, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*twice)
+    (last,) = torch.autograd.grad(3 * loss, w)
+    assert torch.equal(last, twice[0])
+    with pytest.raises(RuntimeError, match="a second backward pass through one loss"):
+        loss.backward()
+
+
+def test_in_bf16_the_gradient_of_fp32_weights_is_not_rounded_to_bf16():
+    student, teacher = heads(bias=False, n=64)
+    low = lambda x: x.detach().bfloat16()
+    w = student.head.weight.detach().float().requires_grad_()
+    sides = Side(low(student.hidden), Head(w), None), Side(low(teacher.hidden), Head(low(teacher.head.weight)), None)
+    (grad,) = torch.autograd.grad(gold_loss.fused_jsd(*sides, 0.5).total, w)
+    assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())
+
+
 def test_entropy_is_reported():
     student, teacher = heads(bias=False)
     law = torch.softmax(student.hidden @ student.head.weight.T, -1)
@@ -259,6 +317,41 @@ def test_topk_jsd_is_the_reference_and_passes_gradcheck(beta):
     assert torch.allclose(stats["teacher_mass"], top.values.exp().sum(-1))
     assert (values <= gold_loss.jsd(s, t, beta) + 1e-9).all(), "a coarsening cannot tell more"
     assert gradcheck(lambda z: gold_loss.topk_jsd(z, top.indices, top.values, beta)[0], (s,))
+
+
+@pytest.mark.parametrize(
+    "change,match",
+    [
+        (lambda i, p: (i, p * math.nan), "NaN"),
+        (lambda i, p: (i, p + 9), "above 0"),
+        (lambda i, p: (i, p * 0 - 0.1), "total mass above 1"),
+        (lambda i, p: (i[:, :1].expand(5, 4), p - 2), "one token twice"),
+        (lambda i, p: (i[:, :0], p[:, :0]), "top 0"),
+    ],
+)
+def test_what_no_server_should_answer_is_refused(change, match):
+    s, top = logits(5, 12), logits(5, 12, seed=1).log_softmax(-1).topk(4)
+    ids, logprobs = change(top.indices, top.values)
+    with pytest.raises(ValueError, match=f"the teacher's server.*{match}"):
+        gold_loss.topk_jsd(s, ids, logprobs, 0.5)
+    with pytest.raises(ValueError, match=f"the teacher's server.*{match}"):
+        gold_loss.fused_topk_jsd(as_side(s), ids, logprobs, 0.5)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_topk_jsd_with_masked_ids_is_finite_and_the_fused_form_is_the_same(beta):
+    """The student cannot say what the server names, and the server gives one of its names no probability."""
+    s, top = logits(5, 12), logits(5, 12, seed=1).log_softmax(-1).topk(4)
+    ids, logprobs = top.indices, top.values.clone()
+    logprobs[:, 3] = -math.inf
+    for masked in ((0, 3), tuple(ids[0].tolist())):
+        side = as_side(s.clone().requires_grad_(), masked=masked)
+        dense = side.hidden + side.head.bias
+        values, _ = gold_loss.topk_jsd(dense, ids, logprobs, beta)
+        loss = gold_loss.fused_topk_jsd(side, ids, logprobs, beta, chunk=2)
+        grads = [torch.autograd.grad(x, side.hidden)[0] for x in (values.sum(), loss.total)]
+        assert values.isfinite().all() and torch.allclose(loss.values, values)
+        assert grads[0].isfinite().all() and torch.allclose(*grads, atol=1e-9)
 
 
 def test_topk_of_the_whole_vocabulary_is_jsd():
@@ -362,9 +455,10 @@ def bins_of(student=STUDENT, teacher=TEACHER):
     return torch.tensor(s), torch.tensor(t), n
 
 
-def run(name, batch, s, t, beta=0.5, chunk=None, student=STUDENT, teacher=TEACHER):
+def run(name, batch, s, t, beta=0.5, chunk=None, student=STUDENT, teacher=TEACHER, masked=((), ())):
     """The loss called `name` on logits s (N, V) and t (N', U)."""
-    a, b = as_side(s, batch.student_targets, batch.student_span), as_side(t, batch.teacher_targets, batch.teacher_span)
+    a = as_side(s, batch.student_targets, batch.student_span, masked=masked[0])
+    b = as_side(t, batch.teacher_targets, batch.teacher_span, masked=masked[1])
     if name == "prefix":
         q = queries_of(batch, student, teacher)
         return gold_loss.prefix_loss(a, b, *q, batch.offset, len(batch.offset_sample), beta, chunk=chunk)
@@ -421,6 +515,47 @@ def test_cross_tokenizer_losses_are_their_references(name, beta):
 def test_cross_tokenizer_losses_pass_gradcheck(name, beta):
     batch, _, s, t = problem(TEXTS[:3])
     assert gradcheck(lambda z: run(name, batch, z, t, beta, chunk=4).total, (s.requires_grad_(),), atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [((), (9,)), ((7,), ()), ((7,), (9,))], ids=str)
+@pytest.mark.parametrize("name", CROSS)
+def test_ids_masked_with_minus_infinity_outside_the_text_are_ids_of_no_probability(name, masked):
+    batch, _, s, t = problem([TEXTS[2], TEXTS[4]])  # where neither abca (student's 7) nor cax (teacher's 9) is written
+    low_s, low_t = (z.index_fill(1, torch.tensor(m, dtype=torch.long), -690.0) for z, m in zip((s, t), masked))
+    for beta in BETAS:
+        loss = run(name, batch, s.requires_grad_(), t, beta, masked=masked)
+        (grad,) = torch.autograd.grad(loss.total, s)
+        assert loss.values.isfinite().all() and grad.isfinite().all() and loss.stats["entropy"].isfinite().all()
+        assert grad[:, list(masked[0])].abs().sum() == 0
+        if 0 < beta < 1:  # at the ends a probability of 0 costs what log 0 is taken to be
+            low = run(name, batch, low_s.detach().requires_grad_(), low_t, beta)
+            assert torch.allclose(loss.values, low.values, rtol=1e-9, atol=1e-12)
+
+
+def not_finite(loss):
+    return not (loss.total.isfinite() and loss.values.isfinite().all())
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_hidden_states_that_are_not_finite_never_give_a_finite_loss(wrong):
+    """Of student or teacher, in one row; NaN is in no comparison, so a filter like `law > 0` would lose it."""
+    batch, _, s, t = problem()
+    student, teacher = heads(bias=False)
+    bad_s, bad_t = (x.clone().index_fill(0, torch.tensor([1]), wrong) for x in (s, t))
+    for name in CROSS:
+        for beta in BETAS:
+            assert not_finite(run(name, batch, s, bad_t, beta)) and not_finite(run(name, batch, bad_s, t, beta)), name
+    top = (teacher.hidden @ teacher.head.weight.T).log_softmax(-1).topk(3)
+    bad_s, bad_t = (
+        replace(x, hidden=x.hidden.detach() * torch.tensor([1, wrong, 1, 1, 1, 1, 1.0])[:, None])
+        for x in (student, teacher)
+    )
+    for beta in BETAS:
+        assert not_finite(gold_loss.fused_jsd(bad_s, teacher, beta)) and not_finite(
+            gold_loss.fused_jsd(student, bad_t, beta)
+        )
+        assert not_finite(gold_loss.fused_topk_jsd(bad_s, top.indices, top.values, beta))
+    assert not_finite(gold_loss.fused_cross_entropy(bad_s))
 
 
 @pytest.mark.parametrize("name", CROSS)

@@ -80,7 +80,7 @@ def decode_plainly(model, request: Request, s: Sampling) -> tuple[list[int], lis
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_end_leave_every_kind_of_cache(kind):
     model, sampling = tiny(kind), Sampling(12, end_ids=tuple(range(10)))
-    got = HFSampler(model, sampling).generate(REQUESTS)
+    got = HFSampler(model).generate(REQUESTS, sampling)
     for request, rollout in zip(REQUESTS, got):
         ids, logprobs = decode_plainly(model, request, sampling)
         assert rollout.completion_ids == ids
@@ -91,8 +91,8 @@ def test_rows_that_end_leave_every_kind_of_cache(kind):
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_model_whose_cache_is_something_else_is_refused_by_name_before_it_samples(kind):
     model = tiny(kind)
-    with pytest.raises(ValueError, match=f"{type(model).__name__}.*--sampler vllm"):
-        HFSampler(model, Sampling(4))
+    with pytest.raises(ValueError, match=f"{type(model).__name__}: .*hf sampler"):
+        HFSampler(model)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

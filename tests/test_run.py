@@ -245,8 +245,8 @@ def test_a_teacher_that_is_not_finite_is_named_and_the_last_checkpoint_stays(mod
 
 
 def test_weights_that_overflow_are_never_written(models, data, tmp_path):
-    cfg = config(models, data, tmp_path / "out", max_steps=3, save_steps=1, learning_rate=1e38, max_completion_length=4)
-    with pytest.raises(FloatingPointError, match="student's weights are not finite"):
+    cfg = config(models, data, tmp_path / "out", max_steps=3, save_steps=1, learning_rate=1e18, max_completion_length=4)
+    with pytest.raises(FloatingPointError, match="student's .* not finite"):
         gold_train.train(cfg, ALONE)
     for path in (tmp_path / "out" / "checkpoints").glob("step-*/model.safetensors"):
         from safetensors.torch import load_file

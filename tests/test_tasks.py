@@ -643,9 +643,9 @@ def test_a_task_reads_a_local_file_of_the_same_schema(tmp_path):
     assert (task.name, task.dataset) == ("gsm8k", path)
     assert [row.answer for row in rows] == ["6", "7", "8", "9"]  # the first five rows are the examples
     assert len(gold_eval.load_task_rows(replace(task, few_shot=0))) == 9
-    with pytest.raises(ValueError, match="task gsm8k: no question of .* is left besides 9 examples"):
+    with pytest.raises(ValueError, match="task gsm8k: no question of .* left besides the 9 examples: .*--few-shot 0"):
         gold_eval.load_task_rows(replace(task, few_shot=9))
-    with pytest.raises(ValueError, match="has 9 solved examples, not 10"):
+    with pytest.raises(ValueError, match="has 9 solved examples, not 10: .*--few-shot 9"):
         gold_eval.load_task_rows(replace(task, few_shot=10))
 
 

@@ -312,6 +312,8 @@ def test_a_run_and_its_resume_write_the_day_on_which_the_run_began(models, tmp_p
     (tmp_path / "dated").mkdir()
     student = save(tmp_path / "dated" / "student", tiny_qwen(len(dated)), dated)
 
+    monkeypatch.setattr(gold_train, "SAMPLE_STEPS", 1)
+
     def on(day):
         monkeypatch.setattr(gold_train, "date", type("", (), {"today": staticmethod(lambda: day)}))
 
@@ -619,6 +621,11 @@ BAD = {
     "a negative seed": (("--seed", "-1"), r"seed must be in"),
     "evaluation steps without evaluation": (("--eval-steps", "5"), r"nothing to evaluate"),
     "a sampler device without lag": (("--sampler-device", "cpu"), r"--lag"),
+    "epochs without end": (("--num-train-epochs", "inf"), r"num_train_epochs must be in .*: got inf"),
+    "a learning rate that is none": (("--learning-rate", "nan"), r"learning_rate must be in .*: got nan"),
+    "options that are no JSON": (("--student-template-options", "enable_thinking"), r"template options are JSON like"),
+    "options that are a list": (("--student-template-options", "[1]"), r"options are JSON like .* not '\[1\]'"),
+    "an option of no template": (("--teacher-template-options", '{"enable_thinking": 0}'), r"no option enable"),
     "nothing to resume": (("--resume",), r"nothing to resume"),
 }  # fmt: skip
 
