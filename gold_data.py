@@ -66,6 +66,11 @@ class Unusable(ValueError):
     """This row cannot be used; the message is the reason that is counted."""
 
 
+def _need(ok, why: str) -> None:
+    if not ok:
+        raise Unusable(why)
+
+
 COLUMNS = ("messages", "conversations", "prompt", "problem", "question", "nums")
 TEXTS = {*COLUMNS, "completion", "generations", "solution", "generated_solution"} - {"nums"}
 ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("system", "developer", "user", "assistant", "tool")}
@@ -76,35 +81,27 @@ def _text(value, what: str) -> str:
     """A text as it is, a whole number in digits, the parts of a list joined if all of them are texts."""
     if isinstance(value, (list, tuple)):
         parts = [part.get("text") if isinstance(part, dict) else part for part in value]
-        if not all(isinstance(part, str) for part in parts):
-            raise Unusable(f"{what} with parts that are no text")
-        value = "".join(parts)
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise Unusable(f"no {what}" if value is None else f"{what} is no text ({type(value).__name__})")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise Unusable(f"{what} with half a character (a lone surrogate)")
+        _need(all(isinstance(part, str) for part in parts), f"{what} with parts that are no text")
+        return _text("".join(parts), what)
+    value = str(value) if type(value) is int else value
+    _need(value is not None, f"no {what}")
+    _need(isinstance(value, str), f"{what} is no text ({type(value).__name__})")
+    _need(value.isascii() or not re.search("[\ud800-\udfff]", value), f"{what} with half a character")
     return value
 
 
 def _messages(value) -> list[Message]:
     """Role, content and thoughts of every message of a list, or of its JSON text, also under ShareGPT's names."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise Unusable("messages are text, but no JSON") from None
-    if not isinstance(value, (list, tuple)) or not all(isinstance(m, dict) for m in value):
-        raise Unusable("messages are no list of objects")
+    _need(isinstance(value, (list, tuple)) and all(isinstance(m, dict) for m in value), "messages are no objects")
     out = []
     for m in value:
-        role = m.get("role") or m.get("from")
-        content = m.get("value") if m.get("content") is None else m["content"]
-        if not isinstance(role, str) or role not in ROLES:
-            raise Unusable(f"a message of the unknown role {role!r:.40}" if role else "a message without a role")
-        if m.get("tool_calls") or m.get("function_call"):
-            raise Unusable("a tool call")
+        role, content = m.get("role") or m.get("from"), m.get("value") if m.get("content") is None else m["content"]
+        _need(role, "a message without a role")
+        _need(isinstance(role, str) and role in ROLES, f"a message of the unknown role {role!r:.40}")
+        _need(not m.get("tool_calls") and not m.get("function_call"), "a tool call")
         thoughts = {k: _text(m[k], k) for k in THOUGHTS if m.get(k)}
         out.append({"role": ROLES[role], "content": _text(content, "content")} | thoughts)
     return out
@@ -125,53 +122,43 @@ def to_row(raw: dict) -> Row:
     ask = lambda question: [{"role": "user", "content": _text(question, "question")}]
     answer = raw.get("expected_answer") if raw.get("expected_answer") is not None else raw.get("answer")
     completion, thoughts = raw.get("completion"), {}
-    if raw.get("tools") or raw.get("functions"):
-        raise Unusable("tools")
+    _need(not raw.get("tools"), "tools")
     if chat := raw.get("messages") or raw.get("conversations"):
         prompt = _messages(chat)
         if prompt and prompt[-1]["role"] == "assistant":
             completion = [prompt.pop()]
     elif raw.get("prompt"):
         prompt = _messages(raw["prompt"]) if isinstance(raw["prompt"], (list, tuple)) else ask(raw["prompt"])
-        if prompt[-1]["role"] == "assistant":
-            raise Unusable("a prompt that ends with the assistant")
+        _need(prompt[-1]["role"] != "assistant", "a prompt that ends with the assistant")
     elif raw.get("problem"):
         prompt, completion = ask(raw["problem"]), raw.get("generated_solution") or raw.get("solution")
     elif raw.get("question"):
         prompt, completion = ask(raw["question"]), raw.get("answer")
-        if raw.get("choices") or raw.get("options"):
-            raise Unusable("multiple choice")
+        _need(not raw.get("choices") and not raw.get("options"), "multiple choice")
         if completion is not None:
             completion = re.sub(r"<<[^>]*>>", "", _text(completion, "answer"))  # GSM8K's calculator annotations
             answer = completion.split("####")[-1].strip()
-    elif raw.get("nums") is not None and raw.get("target") is not None:
-        if not isinstance(raw["nums"], (list, tuple)) or {type(n) for n in [*raw["nums"], raw["target"]]} != {int}:
-            raise Unusable("nums and target are no whole numbers")
-        prompt = countdown_prompt(raw["nums"], raw["target"])
     else:
-        raise Unusable("empty prompt" if any(name in raw for name in COLUMNS) else "columns of no known schema")
+        _need(any(name in raw for name in COLUMNS), "columns of no known schema")
+        nums, target = raw.get("nums"), raw.get("target")
+        _need(nums is not None and target is not None, "empty prompt")
+        whole = isinstance(nums, (list, tuple)) and {type(n) for n in [*nums, target]} == {int}
+        _need(whole, "nums and target are no whole numbers")
+        prompt = countdown_prompt(nums, target)
     if raw.get("generations") and raw.get("correctness_math_verify") is not None:
         done = raw.get("is_reasoning_complete") or [True] * len(raw["generations"])
         good = (text for text, *both in zip(raw["generations"], raw["correctness_math_verify"], done) if all(both))
         completion = next(good, None)
-        if completion is None:
-            raise Unusable("no verified generation")
-    if (
-        isinstance(completion, list)
-        and completion
-        and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in completion)
-    ):
-        completion = _messages(completion)
-        if [m["role"] for m in completion] != ["assistant"]:
-            raise Unusable("a completion that is not one message of the assistant")
-        thoughts = {k: v for k, v in completion[0].items() if k in THOUGHTS}
-        completion = completion[0]["content"]
-    if not any(m["role"] == "user" and m["content"].strip() for m in prompt):
-        raise Unusable("empty prompt")
-    if completion is not None and not _text(completion, "completion").strip():
-        raise Unusable("empty completion")
+        _need(completion is not None, "no verified generation")
+    if isinstance(completion, list) and any(isinstance(m, dict) and {"role", "from"} & {*m} for m in completion):
+        turns = _messages(completion)
+        _need([m["role"] for m in turns] == ["assistant"], "a completion that is not one message of the assistant")
+        completion, thoughts = turns[0]["content"], {k: v for k, v in turns[0].items() if k in THOUGHTS}
+    _need(any(m["role"] == "user" and m["content"].strip() for m in prompt), "empty prompt")
+    completion = None if completion is None else _text(completion, "completion")
+    _need(completion is None or completion.strip(), "empty completion")
     meta = {k: v for k, v in raw.items() if k not in TEXTS and not isinstance(v, (list, dict)) or k == "nums"}
-    return Row(tuple(prompt), None if completion is None else _text(completion, "completion"), answer, meta, thoughts)
+    return Row(tuple(prompt), completion, answer, meta, thoughts)
 
 
 FILES = {".jsonl": "text", ".json": "text", ".parquet": "parquet", ".csv": "csv"}
@@ -187,13 +174,12 @@ def _open_file(path: Path):
         return datasets.Dataset.from_dict({})
     if kind == "text":
         with path.open(encoding="utf-8-sig", errors="replace") as file:
-            whole = path.suffix == ".json" and file.read(1000).lstrip()[:1] == "["
-        if whole:
-            items = _json(path.read_bytes(), str(path))
-            return datasets.Dataset.from_dict({"an item of JSON": list(map(json.dumps, items))})
-        options |= {"features": datasets.Features({"a line of JSON": datasets.Value("large_string")})}
+            if path.suffix == ".json" and file.read(1000).lstrip()[:1] == "[":
+                items = _json(path.read_bytes(), str(path))
+                return datasets.Dataset.from_dict({"an item of JSON": list(map(json.dumps, items))})
         # bytes that are no UTF-8 become escapes that JSON does not know: the line is named as broken
         options |= {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
+        options["features"] = datasets.Features({"a line of JSON": datasets.Value("large_string")})
     try:
         return datasets.load_dataset(kind, **options)
     except datasets.exceptions.DatasetsError as e:
@@ -340,20 +326,20 @@ def _examine(batch: dict, numbers: list[int], source: str, positions: np.ndarray
     """Columns of a batch: why a row cannot be used (None: it can, "": there is none), and what INDEX holds of it."""
     found, texts = [], {}
     for i, values in enumerate(zip(*batch.values())):
-        found.append({"why": "", "key": 0, "digest": 0, "answered": False})
+        found.append(["", 0, 0, False])
+        _, raw = _parse(dict(zip(batch, values)), int(positions[numbers[i]]), source)
         try:
-            _, raw = _parse(dict(zip(batch, values)), int(positions[numbers[i]]), source)
             if raw is not None:
                 row = to_row(raw)
-                texts[i] = prompts(tokenizers, row)[0][:1]
+                texts[i] = next(iter(prompts(tokenizers, row)[0]), "")
                 digest = _hash([row.prompt, row.completion, row.thoughts])
-                found[i] = {"why": None, "key": row.key, "digest": digest, "answered": row.completion is not None}
+                found[i] = [None, row.key, digest, row.completion is not None]
         except Unusable as e:
-            found[i]["why"] = str(e)
+            found[i][0] = str(e)
     if room is not None:
-        for i, long in zip(texts, too_long(tokenizers[0], sum(texts.values(), []), room)):
-            found[i]["why"] = TOO_LONG if long else None
-    return {k: [entry[k] for entry in found] for k in ("why", "key", "digest", "answered")}
+        for i, long in zip(texts, too_long(tokenizers[0], list(texts.values()), room)):
+            found[i][0] = TOO_LONG if long else None
+    return dict(zip(("why", *INDEX.names[1:]), map(list, zip(*found))))
 
 
 def load_rows(
@@ -373,15 +359,15 @@ def load_rows(
     rows.index["position"] = positions
     if len(rows):
         part, code = data.select(positions), Path(__file__).read_text()
-        made_by = datasets.fingerprint.Hasher.hash([part._fingerprint, positions, code, tokenizers, room])
-        cache = Path(datasets.config.HF_DATASETS_CACHE) / "gold"
+        name = datasets.fingerprint.Hasher.hash([part._fingerprint, positions, code, tokenizers, room])
+        cache, value = Path(datasets.config.HF_DATASETS_CACHE) / "gold", datasets.Value
         cache.mkdir(parents=True, exist_ok=True)
-        types = {"why": "string", "key": "int64", "digest": "int64", "answered": "bool"}
+        types = {"why": value("string"), "key": value("int64"), "digest": value("int64"), "answered": value("bool")}
         workers = min(os.cpu_count(), len(part) // 10_000)
         found = part.map(
-            _examine, batched=True, with_indices=True, remove_columns=part.column_names, new_fingerprint=made_by,
-            features=datasets.Features({k: datasets.Value(v) for k, v in types.items()}),
-            cache_file_name=str(cache / f"{made_by}.arrow"), num_proc=workers if workers > 1 else None,
+            _examine, batched=True, with_indices=True, remove_columns=part.column_names, new_fingerprint=name,
+            features=datasets.Features(types), cache_file_name=str(cache / f"{name}.arrow"),
+            num_proc=workers if workers > 1 else None,
             fn_kwargs={"source": dataset, "positions": positions, "tokenizers": tuple(tokenizers), "room": room},
         ).data  # fmt: skip
         for name in INDEX.names[1:]:
@@ -564,6 +550,12 @@ MARK = "5c1e"  # stands for an answer's text in a template
 OPENED = re.compile(r"<(\w+)>\s*(</\1>\s*)?$")  # at the end of a prompt: the answer goes on inside, or after the pair
 
 
+def _opened(tokenizer, prompt: str) -> str:
+    """What the template itself has opened at the end of a prompt, as it stands there."""
+    found = OPENED.search(prompt[-100:])
+    return found[0] if found and tokenizer.chat_template and f"<{found[1]}>" in tokenizer.get_chat_template() else ""
+
+
 def prompts(tokenizers: Sequence, row: Row) -> tuple[list[str], str | None]:
     """(what each model, the student first, reads before the answer; the answer), by their own chat templates.
 
@@ -579,55 +571,38 @@ def prompts(tokenizers: Sequence, row: Row) -> tuple[list[str], str | None]:
             texts.append(render_prompt(tokenizer, row.prompt))
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
             raise Unusable(f"refused by the {name}'s chat template: {e}") from e
-    if not tokenizers:
-        return texts, answer
-    tails = [_opened(*both) for both in zip(tokenizers, texts)]
-    if row.thoughts and answer is not None:
+    tail, *others = [_opened(*both) for both in zip(tokenizers, texts)] or [""]
+    if row.thoughts and answer is not None and tokenizers:
         turn = {"role": "assistant", "content": MARK} | row.thoughts
-        whole, start = render_prompt(tokenizers[0], [*row.prompt, turn], begin=False), texts[0].removesuffix(tails[0])
-        before, _, _ = whole.removeprefix(start).rpartition(MARK)
-        if (
-            "</" in tails[0]
-            or not whole.startswith(start)
-            or not any(t.strip() in before for t in row.thoughts.values())
-        ):
-            raise Unusable(f"{' and '.join(row.thoughts)}, which the student's chat template does not write")
+        whole, start = render_prompt(tokenizers[0], [*row.prompt, turn], begin=False), texts[0].removesuffix(tail)
+        before = whole.removeprefix(start).rpartition(MARK)[0]
+        written = (
+            "</" not in tail and whole.startswith(start) and any(t.strip() in before for t in row.thoughts.values())
+        )
+        _need(written, f"{' and '.join(row.thoughts)}, which the student's chat template does not write")
         answer = before + answer
-    if "</" not in tails[0]:
-        texts[1:] = [t if "</" in tail else t.removesuffix(tail) + tails[0] for t, tail in zip(texts[1:], tails[1:])]
-    if tails[0] and answer is not None:
-        again = re.match(r"\s*" + r"\s*".join(map(re.escape, tails[0].split())), answer)
-        answer = answer[again.end() :].removeprefix(tails[0][len(tails[0].rstrip()) :]) if again else answer
+    if "</" not in tail:
+        texts[1:] = [t if "</" in other else t.removesuffix(other) + tail for t, other in zip(texts[1:], others)]
+    if tail and answer is not None:
+        again = re.match(r"\s*" + r"\s*".join(map(re.escape, tail.split())), answer)
+        answer = answer[again.end() :].removeprefix(tail[len(tail.rstrip()) :]) if again else answer
     return texts, answer
 
 
-def _opened(tokenizer, prompt: str) -> str:
-    """What the template itself has opened at the end of a prompt, as it stands there."""
-    found = OPENED.search(prompt[-100:])
-    return found[0] if found and tokenizer.chat_template and f"<{found[1]}>" in tokenizer.get_chat_template() else ""
-
-
 @functools.cache
-def _spelling(tokenizer) -> tuple[int, re.Pattern]:
-    """(bytes of the longest entry, at most; what finds special tokens in a prompt)"""
-    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and not t.single_word]
-    longest = max(len(piece.encode()) for piece in tokenizer.get_vocab())
-    return longest, re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+def _longest(tokenizer) -> int:
+    """Bytes of the longest entry of the vocabulary, at most."""
+    return max(len(piece.encode()) for piece in tokenizer.get_vocab())
 
 
 def too_long(tokenizer, texts: list[str], room: int) -> list[bool]:
     """Whether prompts have more than `room` tokens. Only those are encoded whose size does not tell.
 
-    A special token is one token, any other writes a byte or more, and none more than the longest entry of the
-    vocabulary. Unicode's normal forms leave ASCII alone and make at most 11 bytes of one other.
+    Every token writes a byte or more, and none more than the longest entry of the vocabulary. Unicode's normal forms
+    leave ASCII alone and make at most 11 bytes of one other; a phantom space and BOS may come in front.
     """
-    longest, special = _spelling(tokenizer)
-    sizes, out = [len(text) if text.isascii() else 11 * len(text.encode()) for text in texts], []
-    for i, text in enumerate(texts):
-        if sizes[i] + 2 > room:  # a phantom space, and BOS
-            sizes[i] -= sum(len(found) - 1 for found in special.findall(text))
-        out.append(sizes[i] + 2 > room)
-    unsure = [i for i, text in enumerate(texts) if out[i] and len(text) <= room * longest]
+    out = [(len(text) if text.isascii() else 11 * len(text.encode())) + 2 > room for text in texts]
+    unsure = [i for i, text in enumerate(texts) if out[i] and len(text) <= room * _longest(tokenizer)]
     for i, ids in zip(unsure, encode_texts(tokenizer, [texts[i] for i in unsure]) if unsure else ()):
         out[i] = len(ids) > room
     return out
