@@ -121,6 +121,7 @@ class LetterVocabulary(gold_data.Vocabulary):
 
     def __init__(self, strings: list[bytes]):
         self.bytes, self.size, self.ends, self.lossy = [*strings, None], len(strings) + 1, (len(strings),), False
+        self.rule = None  # the longest match
         self.lengths = np.array([len(b or b"") for b in self.bytes])
 
 

@@ -85,6 +85,7 @@ class Strings(Vocabulary):
 
     def __init__(self, strings: list[bytes | None], ends: tuple[int, ...] | None = None):
         self.bytes, self.size, self.lossy = list(strings), len(strings), False
+        self.rule = None  # the longest match
         self.ends = (len(strings) - 1,) if ends is None else ends
         self.lengths = np.array([len(b or b"") for b in strings])
         self.index = {b: i for i, b in reversed(list(enumerate(strings))) if b}

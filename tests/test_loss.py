@@ -331,6 +331,7 @@ class Fake(gold_data.Vocabulary):
 
         self.bytes, self.size, self.ends, self.lossy = list(strings), len(strings), (len(strings) - 1,), False
         self.lengths = np.array([len(b or b"") for b in strings])
+        self.rule = None  # the longest match
 
 
 def completion(student_text, teacher_text, ended, student=STUDENT, teacher=TEACHER):
