@@ -585,7 +585,7 @@ class Vocabulary:
         return PrefixTree([self.bytes[i] for i in self.order[: -len(self.ends)]])
 
     @cached_property
-    def rule(self) -> "BytePairs":
+    def rule(self) -> "BytePairs | Reencoded | None":
         """Which tokens may stand behind which; None where the longest token is always taken.
 
         Raises ValueError for a tokenizer that we cannot tell it of.
@@ -593,6 +593,8 @@ class Vocabulary:
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
         if spec["model"]["type"] == "BPE":
             return BytePairs(self, spec["model"], "ByteLevel" in json.dumps([spec["pre_tokenizer"], spec["decoder"]]))
+        if spec["model"]["type"] == "Unigram":
+            return Reencoded(self)
         raise ValueError(f"{self.tokenizer.name_or_path}: prefix reads BPE and Unigram, not {spec['model']['type']}")
 
     @cached_property
@@ -642,13 +644,17 @@ class Vocabulary:
             for state in states:
                 if start in path and path[start] == state:
                     continue  # the model has been asked there
-                node = 0 if start in path else tree.step(0, data[start])
-                lo = tree.lo[node]
-                count = np.append(0, self.rule.may_follow(state, slice(lo, tree.hi[node])).cumsum())
-                for k in range(start + (node > 0), len(data) + 1):
-                    if k > start + 1 or k > start and start in path:
-                        node = tree.step(node, data[k - 1])
-                    if node < 0 or count[tree.hi[node] - lo] == count[tree.lo[node] - lo]:
+                node, count = 0, None
+                for k in range(start, len(data) + 1):
+                    node = tree.step(node, data[k - 1]) if k > start else 0
+                    if node < 0:
+                        break
+                    if k not in path and (k == start or k in still_open):
+                        continue
+                    if count is None:  # of the tokens that may follow, in the range of the first node that matters
+                        lo = tree.lo[node]
+                        count = np.append(0, self.rule.may_follow(state, lo, tree.hi[node]).cumsum())
+                    if count[tree.hi[node] - lo] == count[tree.lo[node] - lo]:
                         break
                     if k > start:
                         still_open.add(k)
@@ -835,8 +841,7 @@ class BytePairs:
         self.late = np.array(line)[np.argsort((self.left[line] + 1) * (never + 1) - self.time[line], kind="stable")]
         self.late_key = (self.left[self.late] + 1) * (never + 1) - self.time[self.late]
         self.place[v.literal] = v.size  # a token that is text as it stands: nothing forbids it
-        self.placed, self.rank = self.place[v.order], v.rank  # in the order of the tree
-        self.longest, self.size = max(map(len, self.ids)), v.lengths
+        self.placed, self.longest = self.place[v.order], max(map(len, self.ids))  # in the order of the tree
         self.forbidden = functools.lru_cache(1 << 16)(self._forbidden)
 
     def symbols(self, data: bytes) -> list[int | None]:
@@ -854,11 +859,12 @@ class BytePairs:
         found: list[list[int | None]] = [[None], *([] for _ in data)]
         for start, last in enumerate(found):
             for token in last:
-                stops = range(start + 1, min(start + self.longest, len(data)) + 1)
-                ids = [i for stop in stops if (i := self.ids.get(data[start:stop])) is not None]
-                for i, may in zip(ids, self.may_follow(token, self.rank[ids])):
-                    if may:
-                        found[start + self.size[i]].append(i)
+                first, stop = ((), ()) if token is None else self.forbidden(token)
+                for end in range(start + 1, min(start + self.longest, len(data)) + 1):
+                    if (i := self.ids.get(data[start:end])) is not None:
+                        before = bisect_right(first, self.place[i]) - 1
+                        if before < 0 or stop[before] <= self.place[i]:
+                            found[end].append(i)
         return found
 
     def _forbidden(self, token: int) -> tuple[np.ndarray, np.ndarray]:
@@ -879,9 +885,9 @@ class BytePairs:
         order = np.argsort(start, kind="stable")
         return start[order], np.maximum.accumulate(stop[order])
 
-    def may_follow(self, token: int | None, which: slice | np.ndarray) -> np.ndarray:
-        """Which tokens, given as a part of the sorted vocabulary, may stand behind `token` (None: a cut)."""
-        place = self.placed[which]
+    def may_follow(self, token: int | None, lo: int, hi: int) -> np.ndarray:
+        """(hi - lo,) which tokens lo..hi-1 of the sorted vocabulary may stand behind `token` (None: a cut)."""
+        place = self.placed[lo:hi]
         if token is None:
             return place >= 0
         start, stop = self.forbidden(token)
@@ -889,6 +895,29 @@ class BytePairs:
             return place >= 0
         before = np.searchsorted(start, place, side="right") - 1
         return (place >= 0) & ((before < 0) | (stop[before] <= place))
+
+
+class Reencoded:
+    """Any other tokenizer whose encodings stay encodings when they are cut at a boundary, like Unigram: it is asked.
+
+    Two tokens may stand side by side if the text of both is encoded as both. Where that would have to be asked of more
+    than `most` tokens, all of them count as possible: fewer offsets are used then, not more.
+    """
+
+    def __init__(self, v: "Vocabulary", most: int = 64):
+        self.model, self.order, self.most = v.tokenizer.backend_tokenizer.model, v.order.tolist(), most
+        self.pieces = v.tokenizer.convert_ids_to_tokens(list(range(len(v.tokenizer))))
+        self.encode = functools.lru_cache(1 << 16)(lambda text: [token.id for token in self.model.tokenize(text)])
+
+    def states(self, data: bytes) -> list[list[int | None]]:
+        """Last token of the encoding of data[:0], data[:1], ..; -1 inside a letter: anything may follow."""
+        texts = [data[:k].decode(errors="replace").replace(" ", "\u2581") for k in range(1, len(data) + 1)]
+        return [[None], *([-1 if "\ufffd" in text else self.encode(text)[-1]] for text in texts)]
+
+    def may_follow(self, token: int | None, lo: int, hi: int) -> np.ndarray:
+        if token is None or token < 0 or hi - lo > self.most:
+            return np.ones(hi - lo, dtype=bool)
+        return np.array([self.encode(self.pieces[token] + self.pieces[i]) == [token, i] for i in self.order[lo:hi]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
