@@ -30,6 +30,25 @@ def test_prefix_finds_the_truth_from_anywhere(setting):
     assert make(setting, texts=64).train("prefix", "random", steps=120, lr=0.2) < 0.002
 
 
+@pytest.mark.parametrize("sides", ["teacher", "student", "both"])
+@pytest.mark.parametrize("setting", known_optimum.REAL)
+def test_prefix_is_nothing_between_two_tokenizers_of_one_law_of_text(setting, sides):
+    """Real tokenizers, on either side or both; the law of their tokens is counted, text by text."""
+    problem = known_optimum.make_real(setting, sides, texts=64)
+    assert len(problem.batch.offset_sample) > 0.7 * len(problem.batch.student_targets), "offsets are used"
+    for beta in (0.0, 0.5, 1.0):
+        value, gradient = problem.at_the_truth(beta)
+        assert abs(value) < 1e-12 and gradient < 1e-10
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("setting", ["BPE of 8 merges", "BPE, with ends", "Unigram"])
+def test_prefix_finds_the_truth_under_a_real_tokenizer(setting, beta):
+    problem = known_optimum.make_real(setting)
+    assert problem.train("prefix", "truth", beta, steps=25) < 1e-4
+    assert problem.train("prefix", "random", beta, steps=120, lr=0.2) < 0.002
+
+
 @pytest.mark.parametrize("loss", BIASED)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_others_leave_the_truth(setting, loss):
