@@ -462,7 +462,7 @@ def token_bytes(tokenizer) -> list[bytes | None]:
 KINDS = "aAsdmtlvre0 \n\t\r'._/-(<\u00e9\u00c9\u660e\u0301\u0663\u3000\u20ac\u3002"  # of letters, to a pre-tokenizer
 CATEGORY = {"Ll": "\u00e9", "Lu": "\u00c9", "L": "\u660e", "M": "\u0301", "N": "\u0663", "Z": "\u3000", "S": "\u20ac"}
 BEFORE = ("", "a", "00", " ", "\n", "a'")
-BEHIND = ("", "a", "s", "re", "ll", "A", "0", "00", " ", " a", "\n", ".", "'s", "\u00e9", "\u660e")
+BEHIND = ("", "a", "s", "e", "l", "re", "ll", "A", "0", "00", " ", " a", "\n", ".", "'s", "\u00e9", "\u660e")
 
 
 class _Kinds(dict):

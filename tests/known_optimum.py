@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import gold_data
@@ -132,18 +132,19 @@ class LetterVocabulary(gold_data.Vocabulary):
         self.lengths = np.array([len(b or b"") for b in self.bytes])
 
 
-def byte_pairs(merges: bytes) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with these merges, in order of rank: "ab abc" is a + b, then ab + c (not a + bc)."""
+def byte_pairs(merges: bytes, pattern: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with these merges by rank: "ab|abc" is a + b, then ab + c. `pattern` cuts words."""
     letters = {b: c for c, b in gold_data.GPT2_BYTES.items()}
     vocab, pairs = {letters[b]: b for b in range(256)}, []
-    for word in merges.split():
+    for word in merges.split(b"|"):
         word = "".join(letters[b] for b in word)
         cut = next(n for n in range(len(word) - 1, 0, -1) if word[:n] in vocab and word[n:] in vocab)
         pairs.append((word[:cut], word[cut:]))
         vocab[word] = len(vocab)
     tokenizer = Tokenizer(models.BPE(vocab, pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cut = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([*cut, level]), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
@@ -189,6 +190,18 @@ class EveryText:
 
     def bytes(self, text: tuple[int, ...]) -> bytes:
         return "".join(self.letters[c] for c in text).encode()
+
+
+class AnyText(EveryText):
+    """All texts of up to `longest` letters, each as likely as chance has it."""
+
+    def __init__(self, letters: str, longest: int, seed: int = 0):
+        rng, self.letters, self.law = random.Random(seed), letters, torch.ones(1, 1)
+        texts = [t for n in range(longest + 1) for t in itertools.product(range(len(letters)), repeat=n)]
+        self.texts = [(text, rng.expovariate(1)) for text in texts]
+
+    def state(self, text: tuple[int, ...]) -> int:
+        return 0
 
 
 class Tokens:
@@ -360,21 +373,21 @@ SETTINGS = {
 }
 
 
-MERGES = b"ab cd de bc abcd fa ef cde"
-SPLIT = b"a\xc3 \xe6\x98 \x8ea \xc3\xa9 \xc3\xa9a \xa9\xc3"  # of a, e with an accent (C3 A9) and U+660E (E6 98 8E)
+MERGES = b"ab|cd|de|bc|abcd|fa|ef|cde"
+SPLIT = b"a\xc3|\xe6\x98|\x8ea|\xc3\xa9|\xc3\xa9a|\xa9\xc3"  # of a, e with an accent (C3 A9) and U+660E (E6 98 8E)
 PIECES = dict(a=-2, b=-2.5, c=-2.2, d=-3, ab=-3.5, bc=-3.1, cd=-4, abc=-5.2, da=-4.4)
 # a real tokenizer: (letters, order of the source, longest text, probability of an end, tokenizer, another)
 REAL = {
-    "BPE of 8 merges": ("abcdef", 1, 5, 0.0, lambda: byte_pairs(MERGES), lambda: byte_pairs(b"bc cd ab bcd")),
-    "BPE of 8 merges, order 2": ("abcdef", 2, 5, 0.0, lambda: byte_pairs(MERGES), lambda: byte_pairs(b"bc cd ab bcd")),
-    "BPE, overlapping merges": ("abcd", 1, 6, 0.0, lambda: byte_pairs(b"bc ab cd"), lambda: byte_pairs(b"cd bc ab")),
+    "BPE of 8 merges": ("abcdef", 1, 5, 0.0, lambda: byte_pairs(MERGES), lambda: byte_pairs(b"bc|cd|ab|bcd")),
+    "BPE of 8 merges, order 2": ("abcdef", 2, 5, 0.0, lambda: byte_pairs(MERGES), lambda: byte_pairs(b"bc|cd|ab|bcd")),
+    "BPE, overlapping merges": ("abcd", 1, 6, 0.0, lambda: byte_pairs(b"bc|ab|cd"), lambda: byte_pairs(b"cd|bc|ab")),
     "BPE, with ends": (
         "abc",
         1,
         8,
         0.1,
-        lambda: byte_pairs(b"ab bc ca abc aa cab bb bca"),
-        lambda: byte_pairs(b"bc ab"),
+        lambda: byte_pairs(b"ab|bc|ca|abc|aa|cab|bb|bca"),
+        lambda: byte_pairs(b"bc|ab"),
     ),
     "BPE, split letters": (
         "a\u00e9\u00e8\u660e",
@@ -382,7 +395,7 @@ REAL = {
         6,
         0.1,
         lambda: byte_pairs(SPLIT),
-        lambda: byte_pairs(b"\xc3\xa8 \xa9a"),
+        lambda: byte_pairs(b"\xc3\xa8|\xa9a"),
     ),
     "Unigram": ("abcd", 1, 6, 0.1, lambda: unigram(PIECES), lambda: unigram(PIECES | {"bcd": -3.0})),
 }
