@@ -459,29 +459,23 @@ def token_bytes(tokenizer) -> list[bytes | None]:
     return out
 
 
-KINDS = "aAsdmtlvre0 \n\t\r'._/-(<\u00e9\u00c9\u660e\u0301\u0663\u3000\u20ac\u3002"  # of letters, to a pre-tokenizer
+# letters, and what may stand before and behind them: every case that pre-tokenizers are known to tell apart
+KINDS = "aAsdmtlvreSDMTLVRE0 \n\t\r'._/-(<\u00e9\u00c9\u660e\u0301\u0663\u3000\u20ac\u3002"
 CATEGORY = {"Ll": "\u00e9", "Lu": "\u00c9", "L": "\u660e", "M": "\u0301", "N": "\u0663", "Z": "\u3000", "S": "\u20ac"}
 BEFORE = ("", "a", "00", " ", "\n", "a'")
 BEHIND = ("", "a", "s", "e", "l", "re", "ll", "A", "0", "00", " ", " a", "\n", ".", "'s", "\u00e9", "\u660e")
 
 
-class _Kinds(dict):
-    """Code point -> index of the letter of KINDS that a pre-tokenizer treats like it."""
-
-    def __missing__(self, code: int) -> int:
-        c = chr(code)
-        if c not in KINDS:
-            if code < 128:
-                c = "a" if c.islower() else "A" if c.isupper() else "0" if c.isdigit() else "."
-            else:
-                name = unicodedata.category(c)
-                c = CATEGORY.get(name) or CATEGORY.get(name[0], "\u3002")
-        self[code] = KINDS.index(c)
-        return self[code]
-
-
-KIND = _Kinds()
-ASCII = np.array([KIND[c] for c in range(128)])
+@functools.cache
+def kind(code: int) -> int:
+    """Index of the letter of KINDS that a pre-tokenizer treats like this code point."""
+    c = chr(code)
+    if c not in KINDS and code < 128:
+        c = "a" if c.islower() else "A" if c.isupper() else "0" if c.isdigit() else "."
+    elif c not in KINDS:
+        name = unicodedata.category(c)
+        c = CATEGORY.get(name) or CATEGORY.get(name[0], "\u3002")
+    return KINDS.index(c)
 
 
 class Vocabulary:
@@ -504,15 +498,15 @@ class Vocabulary:
             self.bytes[i] = None
         self.lengths = np.array([len(b or b"") for b in self.bytes])
         self.single = {b[0]: i for i, b in reversed(list(enumerate(self.bytes))) if b is not None and len(b) == 1}
-        self.words: dict[tuple[int, ...], tuple] = {}
         self.literal = [i for i, t in tokenizer.added_tokens_decoder.items() if i < size and self.bytes[i]]
         # a tokenizer that puts a phantom space in front of a text is given something else to put it in front of
         probe = "caf\u00e9 12 + 3 = 15 (ok)\n"
         writes = lambda guard: self.join((self._encode_after(guard, probe) or [[]])[0]) == probe.encode()
         self.guards = [""] if writes("") else [guard for guard in "\n=0." if writes(guard)]
         self.lossy = not self.guards
+        self.word = functools.lru_cache(1 << 16)(self._word)
 
-    def _encode_after(self, guard: str, text: str) -> tuple[list[int], list] | None:
+    def _encode_after(self, guard: str, text: str) -> tuple[list[int], list[int]] | None:
         """Tokens of `text` where it follows `guard`, and the word of each; None if a token spans both."""
         # what a sample spells out is text, even where it spells a special token
         encoded = self.tokenizer(guard + text, add_special_tokens=False, split_special_tokens=True)
@@ -533,30 +527,30 @@ class Vocabulary:
         """
         return self.encode_words(text)[:2]
 
-    def encode_words(self, text: bytes) -> tuple[list[int], np.ndarray, list]:
-        """`encode`, and for each token the word that the pre-tokenizer cut: equal for tokens of one word."""
+    def encode_words(self, text: bytes) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """`encode`, and the number of the word that the pre-tokenizer cut, of each token; -1: of none."""
         if self.lossy:
             chars, options = text.decode(errors="replace"), {"add_special_tokens": False, "split_special_tokens": True}
             encoded = self.tokenizer(chars, return_offsets_mapping=True, **options)
             width = np.cumsum([0] + [len(c.encode()) for c in chars])
-            return encoded["input_ids"], width[[end for _, end in encoded["offset_mapping"]]], []
+            return encoded["input_ids"], width[[end for _, end in encoded["offset_mapping"]]], np.zeros(0)
         ids: list[int | None] = []
-        words: list = []
+        words: list[int] = []
         parts = re.split("([\udc80-\udcff]+)", text.decode(errors="surrogateescape"))
         for i, part in enumerate(parts):
             if i % 2:  # what is not UTF-8 is no word at all
-                found = [self.single.get(ord(c) - 0xDC00) for c in part], [None] * len(part)
+                found = [self.single.get(ord(c) - 0xDC00) for c in part], [-1] * len(part)
             else:
                 tries = (self._encode_after(guard, part) for guard in self.guards if part)
-                found = next((found for found in tries if found is not None), ([None] * bool(part), [None]))
+                found = next((found for found in tries if found is not None), ([None] * bool(part), [-1]))
+            words += [word if word < 0 else word + len(ids) for word in found[1]]
             ids += found[0]
-            words += [w if w is None else (i, w) for w in found[1]]
         ids = ids[: next((i for i, t in enumerate(ids) if t is None or not self.bytes[t]), len(ids))]  # unknown
         ends = np.cumsum(self.lengths[ids]) if ids else np.zeros(0, dtype=np.int64)
         written = self.join(ids)
         same = next((i for i, (a, b) in enumerate(zip(written, text)) if a != b), min(len(written), len(text)))
         keep = int(np.searchsorted(ends, same, side="right"))
-        return ids[:keep], ends[:keep], words[:keep]
+        return ids[:keep], ends[:keep], np.array(words[:keep], dtype=np.int64)
 
     @cached_property
     def tokens(self) -> set[bytes]:
@@ -585,21 +579,17 @@ class Vocabulary:
         return PrefixTree([self.bytes[i] for i in self.order[: -len(self.ends)]])
 
     @cached_property
-    def rule(self) -> "BytePairs | Reencoded | None":
-        """Which tokens may stand behind which; None where the longest token is always taken.
-
-        Raises ValueError for a tokenizer that we cannot tell it of.
-        """
+    def rule(self) -> "BytePairs | Reencoded":
+        """Which tokens may stand behind which. Raises ValueError for a kind of tokenizer we cannot tell it of."""
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        if spec["model"]["type"] == "BPE":
-            return BytePairs(self, spec["model"], "ByteLevel" in json.dumps([spec["pre_tokenizer"], spec["decoder"]]))
-        if spec["model"]["type"] == "Unigram":
-            return Reencoded(self)
-        raise ValueError(f"{self.tokenizer.name_or_path}: prefix reads BPE and Unigram, not {spec['model']['type']}")
+        if (kind := spec["model"]["type"]) not in ("BPE", "Unigram"):
+            raise ValueError(f"{self.tokenizer.name_or_path}: prefix reads BPE and Unigram tokenizers, not {kind}")
+        byte_level = "ByteLevel" in json.dumps([spec["pre_tokenizer"], spec["decoder"]])
+        return BytePairs(self, spec["model"], byte_level) if kind == "BPE" else Reencoded(self)
 
     @cached_property
     def joins(self) -> np.ndarray:
-        """(256, 256) whether some token has these two bytes side by side; no token ever spans two others."""
+        """(256, 256) whether some token has these two bytes side by side; between others is always a boundary."""
         joins = np.zeros((256, 256), dtype=bool)
         for b in self.tokens:
             joins[list(b[:-1]), list(b[1:])] = True
@@ -609,38 +599,28 @@ class Vocabulary:
     def steady(self) -> np.ndarray:
         """(KINDS, KINDS) whether a text that ends in letters of these two kinds is cut the same whatever follows it.
 
-        The pre-tokenizer is asked: most look ahead at the end of spaces, of contractions or of groups of digits.
+        The pre-tokenizer is asked: most look ahead at the end of spaces, some in contractions or groups of digits.
         """
         cutter, n = self.tokenizer.backend_tokenizer.pre_tokenizer, len(KINDS)
         steady = np.ones((n, n), dtype=bool)
         for a, b, before in product(range(n), range(n), BEFORE if cutter else ()):
-            text = before + KINDS[a] + KINDS[b]
-            cuts = {
-                tuple(stop for _, (_, stop) in cutter.pre_tokenize_str(text + behind) if stop < len(text))
-                for behind in BEHIND
-            }
-            steady[a, b] &= len(cuts) == 1
+            size = len(text := before + KINDS[a] + KINDS[b])
+            pieces = (cutter.pre_tokenize_str(text + behind) for behind in BEHIND)
+            steady[a, b] &= len({tuple(stop for _, (_, stop) in cut if stop < size) for cut in pieces}) == 1
         return steady
 
-    def word(self, ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _word(self, ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What these tokens, all that the tokenizer makes of one word, leave open: (offsets, offsets, bytes).
 
         An encoding that begins with the first k bytes of the word, but has a boundary before k that these tokens do not
         have, makes F(k) incomplete: k is among the first offsets. Where k is a boundary of these tokens and F of the
         bytes up to k and one more is incomplete, it is among the second, with that byte.
         """
-        if ids not in self.words:
-            if len(self.words) > 1 << 16:
-                self.words.clear()
-            self.words[ids] = self._word(ids)
-        return self.words[ids]
-
-    def _word(self, ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         data, tree, still_open, at, byte = self.join(ids), self.tree, set(), [], []
-        if ids[0] in self.literal:
-            return np.arange(1, len(data)), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         path = dict(zip(accumulate(self.lengths[list(ids)].tolist()), ids)) | {0: None}
-        for start, states in enumerate(self.rule.states(data)):
+        if ids[0] in self.literal:  # cut out of the text before all else, but only where it is complete
+            still_open.update(range(1, len(data)))
+        for start, states in enumerate([] if still_open else self.rule.states(data)):
             for state in states:
                 if start in path and path[start] == state:
                     continue  # the model has been asked there
@@ -651,13 +631,12 @@ class Vocabulary:
                         break
                     if k not in path and (k == start or k in still_open):
                         continue
-                    if count is None:  # of the tokens that may follow, in the range of the first node that matters
+                    if count is None:  # of the tokens that may follow, below the first node that matters
                         lo = tree.lo[node]
                         count = np.append(0, self.rule.may_follow(state, lo, tree.hi[node]).cumsum())
                     if count[tree.hi[node] - lo] == count[tree.lo[node] - lo]:
                         break
-                    if k > start:
-                        still_open.add(k)
+                    still_open |= {k} if k > start else set()
                     if k in path:
                         child = tree.child[tree.child_start[node] : tree.child_start[node + 1]]
                         child = child[count[tree.hi[child] - lo] > count[tree.lo[child] - lo]]
@@ -666,54 +645,43 @@ class Vocabulary:
         return tuple(np.array(x, dtype=np.int64) for x in (sorted(still_open), at, byte))
 
     def closed(self, text: bytes, ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(known (n + 1,), untold (n + 1, 256), broken (n + 1,)) of a text of n bytes, written with `ids`.
+        """(known (n + 1,), tells (n + 1, 256), broken (n + 1,)) of a text of n bytes, written with `ids`.
 
-        known[k]: F(k) is complete. untold[k, b]: at the boundary k, F of the bytes up to k and b is not. broken: number
+        known[k]: F(k) is complete. tells[k, b]: so is F of the bytes up to k and b, and k is a boundary. broken: number
         of words up to there that `ids` writes differently from the tokenizer; no offset in them is known.
         """
         data, n = np.frombuffer(text, dtype=np.uint8), len(text)
         canonical, ends, words = self.encode_words(text)
-        lengths = self.lengths[canonical] if canonical else np.zeros(0, dtype=np.int64)
-        starts, boundary = ends - lengths, np.cumsum([0, *self.lengths[ids]])[: len(ids)]
+        starts, boundary = np.append(0, ends), np.cumsum([0, *self.lengths[ids]])[: len(ids)]
         path = np.full(n + 1, -1)
-        path[boundary[boundary < n]] = np.array(ids)[boundary < n]
-        same = path[starts] == canonical
-        fresh = [
-            i
-            for i, start in enumerate(starts)
-            if not i or words[i] is None or words[i] != words[i - 1] or not self.joins[data[start - 1], data[start]]
-        ]
-        known, broken, untold = (
-            np.ones(n + 1, dtype=bool),
-            np.zeros(n + 1, dtype=np.int64),
-            np.zeros((n + 1, 256), dtype=bool),
-        )
-        for i, j in pairwise([*fresh, len(canonical)]):
-            start, stop = starts[i], ends[j - 1]
-            if words[i] is None or not same[i:j].all():
-                known[start + 1 : stop + 1], broken[stop] = False, 1
+        path[boundary] = ids
+        tells = np.repeat(path[:, None] >= 0, 256, axis=1)
+        tells[n] = True
+        same, inner = path[starts[:-1]] == canonical, starts[1:-1]
+        fresh = (words[1:] != words[:-1]) | (words[1:] < 0) | ~self.joins[data[inner - 1], data[inner]]
+        known, broken = np.ones(n + 1, dtype=bool), np.zeros(n + 1, dtype=np.int64)
+        for i, j in pairwise([*([0] if canonical else []), *np.flatnonzero(fresh) + 1, len(canonical)]):
+            if words[i] < 0 or not same[i:j].all():
+                known[starts[i] + 1 : starts[j] + 1], broken[starts[j]] = False, 1
                 continue
             still_open, at, byte = self.word(tuple(canonical[i:j]))
-            known[start + still_open] = False
-            untold[start + at, byte] = True
-        if (done := int(ends[-1]) if len(ends) else 0) < n:
-            known[done + 1 :], broken[n] = False, 1
-        # what the pre-tokenizer does at the end of a prefix
-        code = np.frombuffer(
-            text.decode(errors="surrogateescape").encode("utf-32-le", "surrogatepass"), dtype=np.uint32
-        )
+            known[starts[i] + still_open] = False
+            tells[starts[i] + at, byte] = False
+        if starts[-1] < n:
+            known[starts[-1] + 1 :], broken[n] = False, 1
+        # what the pre-tokenizer does at the end of a prefix; what is inside a letter may end as any other letter
+        letters = text.decode(errors="surrogateescape").encode("utf-32-le", "surrogatepass")
+        code = np.frombuffer(letters, dtype=np.uint32)
         width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
         width[(code >= 0xDC80) & (code <= 0xDCFF)] = 1
-        kind = np.array([KIND[c] for c in code.tolist()], dtype=np.int64)
-        end = width.cumsum()
-        steady = np.ones(n + 1, dtype=bool)
-        steady[end[1:]] = self.steady[kind[:-1], kind[1:]]
-        inside = np.ones(n + 1, dtype=bool)
+        end, kinds = width.cumsum(), np.array([kind(c) for c in code.tolist()], dtype=np.int64)
+        steady, inside = np.ones(n + 1, dtype=bool), np.ones(n + 1, dtype=bool)
+        steady[end[1:]] = self.steady[kinds[:-1], kinds[1:]]
         inside[[0, *end]] = False
         letter = np.repeat(end - width, width)[np.flatnonzero(inside) - 1]  # its first byte
         steady[inside] = steady[letter] & (path[letter] >= 0)
-        untold[end, :128] |= ~self.steady[kind][:, ASCII]
-        return known & steady, untold, broken.cumsum()
+        tells[end, :128] &= self.steady[kinds][:, [kind(c) for c in range(128)]]
+        return known & steady, tells, broken.cumsum()
 
 
 def load_vocabulary(name: str, revision: str | None = None) -> Vocabulary:
@@ -907,11 +875,12 @@ class Reencoded:
     def __init__(self, v: "Vocabulary", most: int = 64):
         self.model, self.order, self.most = v.tokenizer.backend_tokenizer.model, v.order.tolist(), most
         self.pieces = v.tokenizer.convert_ids_to_tokens(list(range(len(v.tokenizer))))
+        self.space = "\u2581" if any("\u2581" in piece for piece in self.pieces) else " "
         self.encode = functools.lru_cache(1 << 16)(lambda text: [token.id for token in self.model.tokenize(text)])
 
     def states(self, data: bytes) -> list[list[int | None]]:
         """Last token of the encoding of data[:0], data[:1], ..; -1 inside a letter: anything may follow."""
-        texts = [data[:k].decode(errors="replace").replace(" ", "\u2581") for k in range(1, len(data) + 1)]
+        texts = [data[:k].decode(errors="replace").replace(" ", self.space) for k in range(1, len(data) + 1)]
         return [[None], *([-1 if "\ufffd" in text else self.encode(text)[-1]] for text in texts)]
 
     def may_follow(self, token: int | None, lo: int, hi: int) -> np.ndarray:
@@ -972,20 +941,7 @@ class _PrefixSide:
         self.row_at[boundary] = np.arange(len(ids))
         self.is_boundary = self.row_at >= 0
         self.is_boundary[n] = True
-        # inside a token of the path: the prefix of it that has been written; at a boundary: the root
-        self.inside = np.zeros(n + 1, dtype=np.int64)
-        own = self.end < np.append(boundary[1:], n)[self.row]
-        self.inside[self.end[own]] = self.node[own]
-        if vocabulary.rule is not None:
-            self.known, untold, self.broken = vocabulary.closed(text.astype(np.uint8).tobytes(), ids)
-            self.tells = self.is_boundary[:, None] & ~untold
-            return
-        # the longest token is always taken: a prefix that is a token is covered by one from the same boundary
-        self.known = self.is_boundary | np.append(False, self.is_boundary[:-1]) | tree.is_token[self.inside]
-        self.tells, self.broken = np.repeat(self.is_boundary[:, None], 256, axis=1), np.zeros(n + 1, dtype=np.int64)
-        index, child = tree.children(self.inside)
-        token = tree.is_token[child]
-        self.tells[index[token], tree.byte[child[token]]] = True
+        self.known, self.tells, self.broken = vocabulary.closed(text.astype(np.uint8).tobytes(), ids)
 
 
 def prefix_queries(

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
+from conftest import LongestMatch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -121,15 +122,6 @@ class Teacher:
             extends = [w for w in {*forbidden, *self.tokens} if len(w) > len(t) and w[: len(t)] == t]
             forbidden, state = frozenset(w[len(t) :] for w in extends), self.source.step(state, t)
         return laws
-
-
-class LetterVocabulary(gold_data.Vocabulary):
-    """A vocabulary given by its byte strings; the last id ends the text."""
-
-    def __init__(self, strings: list[bytes]):
-        self.bytes, self.size, self.ends, self.lossy = [*strings, None], len(strings) + 1, (len(strings),), False
-        self.rule = None  # the longest match
-        self.lengths = np.array([len(b or b"") for b in self.bytes])
 
 
 def byte_pairs(merges: bytes, pattern: str | None = None) -> PreTrainedTokenizerFast:
@@ -238,8 +230,8 @@ class Problem:
         self.source, tokens = source, Teacher(source, merges)
         word = lambda w: "".join(LETTERS[c] for c in w).encode()
         both = (
-            LetterVocabulary([word((c,)) for c in range(len(LETTERS))]),
-            LetterVocabulary([word(t) for t in tokens.tokens]),
+            LongestMatch([*(word((c,)) for c in range(len(LETTERS))), None]),
+            LongestMatch([*(word(t) for t in tokens.tokens), None]),
         )
         samples, contexts, laws = [], [], []
         for _ in range(texts):
@@ -271,11 +263,7 @@ class Problem:
     def of(cls, source: EveryText, student, teacher, texts: int, cut: float = 0.3) -> "Problem":
         """`student` and `teacher` are tokenizers, None for single letters; this share of the texts is cut."""
         self, rng = cls.__new__(cls), random.Random(1)
-        single = LetterVocabulary([c.encode() for c in source.letters])
-        single.encode = lambda data: (
-            [source.letters.index(c) for c in data.decode()],
-            np.cumsum([len(c.encode()) for c in data.decode()]),
-        )
+        single = LongestMatch([*(c.encode() for c in source.letters), None])
         both = [single if t is None else real_vocabulary(t) for t in (student, teacher)]
         sides, self.source = [Tokens(v, source) for v in both], source
         samples, contexts, laws = [], [], ([], [])
@@ -375,7 +363,10 @@ SETTINGS = {
 
 MERGES = b"ab|cd|de|bc|abcd|fa|ef|cde"
 SPLIT = b"a\xc3|\xe6\x98|\x8ea|\xc3\xa9|\xc3\xa9a|\xa9\xc3"  # of a, e with an accent (C3 A9) and U+660E (E6 98 8E)
-PIECES = dict(a=-2, b=-2.5, c=-2.2, d=-3, ab=-3.5, bc=-3.1, cd=-4, abc=-5.2, da=-4.4)
+PIECES = dict(a=-2, b=-2.5, c=-2.2, cab=-5, ab=-3.5, bc=-3.1, ca=-4, abc=-5.2, ba=-4.4) | {
+    "\u00e9": -3,
+    "\u00e9a": -4.1,
+}
 # a real tokenizer: (letters, order of the source, longest text, probability of an end, tokenizer, another)
 REAL = {
     "BPE of 8 merges": ("abcdef", 1, 5, 0.0, lambda: byte_pairs(MERGES), lambda: byte_pairs(b"bc|cd|ab|bcd")),
@@ -397,7 +388,7 @@ REAL = {
         lambda: byte_pairs(SPLIT),
         lambda: byte_pairs(b"\xc3\xa8|\xa9a"),
     ),
-    "Unigram": ("abcd", 1, 6, 0.1, lambda: unigram(PIECES), lambda: unigram(PIECES | {"bcd": -3.0})),
+    "Unigram": ("abc\u00e9\u00e8", 1, 5, 0.1, lambda: unigram(PIECES), lambda: unigram(PIECES | {"bca": -3.0})),
 }
 
 
