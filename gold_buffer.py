@@ -229,8 +229,19 @@ def _draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
         ordered, index = p.sort(-1, descending=True)
         outside = (ordered.cumsum(-1) - ordered) >= s.top_p  # the token that crosses top_p stays
         p = p.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), 0.0)
-    running = p.double().cumsum(-1)
-    return (running <= u[:, None] * running[:, -1:]).sum(-1).clamp(max=z.size(1) - 1)
+    blocks = torch.nn.functional.pad(p, (0, -p.size(1) % 256)).unflatten(1, (-1, 256))  # running sums of these alone
+    sums = blocks.sum(-1, dtype=torch.float64)
+    block, rest = _invert(sums, u * sums.sum(-1))
+    token, _ = _invert(blocks[torch.arange(len(block)), block].double(), rest)
+    return 256 * block + token
+
+
+def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """First index (B,) whose running sum of mass (B, K) exceeds the target, so one with mass; what is left of it."""
+    running = mass.cumsum(-1)
+    target = torch.minimum(target, torch.nextafter(running[:, -1], torch.zeros_like(target)))[:, None]
+    index = (running <= target).sum(-1, keepdim=True)
+    return index[:, 0], (target - (running - mass).gather(1, index))[:, 0]
 
 
 @contextlib.contextmanager
