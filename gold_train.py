@@ -645,7 +645,7 @@ def say_example(rows, student: gold_data.Vocabulary, teacher: gold_data.Vocabula
             say("note: same vocabulary, but different end tokens: compared as different tokenizers, ends by role")
         texts = [row.completion or row.prompt[-1]["content"] for row in (rows[i][2] for i in range(64))]
         names = (v.tokenizer.name_or_path for v in (student, teacher))
-        gold_data.print_coverage(gold_data.coverage(student, teacher, texts), *names)
+        say(gold_data.say_coverage(gold_data.coverage(student, teacher, texts, pairing.loss == "prefix"), *names))
 
 
 def heldout_samples(cfg: Config, held: list[gold_data.Row], encoder, ranks: Ranks) -> list[gold_data.Sample]:
