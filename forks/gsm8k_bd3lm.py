@@ -117,7 +117,7 @@ def check(cfg: Config) -> None:
         gold_buffer.positions(config),
     )
     kinds = sorted(set(text.get("layer_types") or ()) - {"full_attention"})
-    kinds += ["sliding windows"] * bool(text.get("sliding_window") and text.get("use_sliding_window", True))
+    kinds = kinds or ["sliding windows"] * bool(text.get("sliding_window") and text.get("use_sliding_window", True))
     need(not kinds, f"{name} has {', '.join(kinds)}: blocks need full attention")
     need(cfg.length + cfg.block_size <= most, f"{name} has {most} positions, {cfg.length} and a block exceed them")
     here = {"block_size": cfg.block_size, "shift": cfg.shift}
@@ -382,6 +382,7 @@ class BlockEngine:
 
 def evaluate(cfg: Config, net: Denoiser, tokenizer, save_to: Path | None = None) -> dict:
     """Results of cfg.tasks, by the code that scores causal LMs."""
+    net.model.eval()
     return gold_eval.evaluate(
         BlockEngine(cfg, net, tokenizer), tokenizer, cfg.tasks, save_to, max_samples=cfg.eval_max_samples, few_shot=0,
         max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, wrap=cfg.length, seed=cfg.seed,
