@@ -7,21 +7,17 @@ r"""Fork: block diffusion (BD3-LM, Arriola et al. 2025, arXiv 2503.09573) on GSM
 Expected: EXPECTED
 
 Blocks of a text are written from left to right, the tokens of a block in any order. The model reads [x_t ; x_0], the
-text with holes and the text without: position i of x_t sees its own block of x_t and the earlier blocks of x_0. With
---shift token i is read at position i - 1, as a causal LM has learned it, and block size 1 *is* the causal LM.
+text with holes and the text without: a position of x_t sees its own block of x_t and the earlier blocks of x_0. Token i
+is read at position i - 1 (--no-shift: at i), as a causal LM has learned it: block size 1 *is* the causal LM.
 
 Not as in the paper's code: the noise is the number of holes of a block, not their rate (the same bound, a twelfth of
-its spread), and the model any causal LM of transformers with full attention. Perplexities of blocks are upper bounds.
-With --teacher-model a teacher's laws stand for tokens where that has no bias: at holes with no later token of their
-block in sight. (On the student's own samples, at all holes: OPDLM, arXiv 2606.06712.)
+its spread), and the model any causal LM with full attention. --teacher-model: its laws stand for tokens where that has
+no bias, at holes with no later token of their block in sight. (At all holes of own samples: OPDLM, arXiv 2606.06712.)
 """
 
 import json
-import math
 import random
-import shutil
 import sys
-import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -111,20 +107,15 @@ def check(cfg: Config) -> None:
     same = not cfg.teacher_model or gold_data.same_vocabulary(ours, gold_data.load_vocabulary(cfg.teacher_model))
     need(same, f"teacher_model {cfg.teacher_model} has another tokenizer than {name}")
     config = AutoConfig.from_pretrained(name)
-    text, stored, most = (
-        config.get_text_config().to_dict(),
-        config.to_dict().get("bd3lm"),
-        gold_buffer.positions(config),
-    )
+    text, most = config.get_text_config().to_dict(), gold_buffer.positions(config)
     kinds = sorted(set(text.get("layer_types") or ()) - {"full_attention"})
     kinds = kinds or ["sliding windows"] * bool(text.get("sliding_window") and text.get("use_sliding_window", True))
     need(not kinds, f"{name} has {', '.join(kinds)}: blocks need full attention")
     need(cfg.length + cfg.block_size <= most, f"{name} has {most} positions, {cfg.length} and a block exceed them")
-    here = {"block_size": cfg.block_size, "shift": cfg.shift}
+    stored, here = config.to_dict().get("bd3lm"), {"block_size": cfg.block_size, "shift": cfg.shift}
     if cfg.mode == "eval":
         need(stored is not None, f"{name} is no checkpoint of this fork: gold_eval.py scores causal LMs")
         need(here.items() <= stored.items(), f"{name} was trained with {stored}: it cannot be evaluated with {here}")
-    need(not stored or stored["shift"] == cfg.shift, f"{name} was trained with {stored}: it cannot go on with {here}")
 
 
 def block_mask(n: int, size: int, keys: Tensor) -> Tensor:
@@ -256,7 +247,7 @@ def prepare(cfg: Config, folder: Path) -> None:
     begin, end = tokenizer.bos_token or tokenizer.eos_token, tokenizer.eos_token
     tokenizer.chat_template = CHAT.replace("BEGIN", begin).replace("END", end)
     model.config.bd3lm = {"block_size": cfg.block_size, "shift": cfg.shift, "mask_id": mask_id}  # in its config.json
-    shutil.rmtree(folder, ignore_errors=True)
+    gold_train.discard(folder)  # of a run that ended before its first checkpoint
     gold_train.save_model(folder, model, tokenizer)
 
 
@@ -370,7 +361,7 @@ class BlockEngine:
                 u, uniform = uniform[:, 0], uniform[:, 1:]
                 token = gold_buffer._draw(z.flatten(0, 1), u[:, 0].flatten(), s).view_as(holes)
                 sure = z.log_softmax(-1).gather(2, token[..., None])[..., 0] if s.temperature == 0 else u[:, 1]
-                chosen = sure.masked_fill(~holes, -math.inf).topk(min(self.cfg.per_step, size)).indices
+                chosen = sure.masked_fill(~holes, -torch.inf).topk(min(self.cfg.per_step, size)).indices
                 x[:, a:b] = torch.where(torch.zeros_like(holes).scatter(1, chosen, True) & holes, token, x[:, a:b])
             written = [row[at : min(at + n, b)] for row, at, n in zip(x.tolist(), answer, room)]
             ends = [next((i + 1 for i, t in enumerate(ids) if t in s.end_ids), None) for ids in written]
@@ -423,7 +414,7 @@ def train(cfg: Config, ranks: gold_train.Ranks) -> dict:
             teacher = gold_buffer.LocalTeacher(gold_train.in_turn(ranks, load))
         batch, micros, world = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, ranks.world_size
         tokens = batch * micros * world * (cfg.length - 1)  # of a step: all but the first of each chunk
-        keys, began = torch.ones(1, cfg.length, dtype=torch.bool, device=device), time.perf_counter()
+        keys = torch.ones(1, cfg.length, dtype=torch.bool, device=device)
         say(f"{sum(p.numel() for p in parameters.values()):,} parameters, {batch * micros * world} chunks per step")
         bar = tqdm(total=cfg.max_steps, initial=step, unit="step", disable=None if master else True)
         net.model.train()
@@ -464,7 +455,6 @@ def train(cfg: Config, ranks: gold_train.Ranks) -> dict:
         bar.close()
         if not master:
             return {}
-        say(f"{out}: step {step} after {time.perf_counter() - began:.0f} s")
         put_weights(net.model, average or parameters)
         results = evaluate(cfg, net, tokenizer, out / "answers")
         gold_train.write_json(out / "results.json", results)
@@ -492,10 +482,10 @@ def embedded(cfg: Config, ranks: gold_train.Ranks) -> dict:
     gold_train.wait_for_all()
     if ranks.rank == 0 and not again:
         out.mkdir(parents=True, exist_ok=True)
-        rows = word_problems(4000, False, cfg.seed)
-        for path, part in ((out / "train.jsonl", rows), (out / "test.jsonl", word_problems(400, True, cfg.seed))):
-            path.write_text("".join(json.dumps(row) + "\n" for row in part))
-        texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows]
+        rows = {"train": word_problems(4000, False, cfg.seed), "test": word_problems(400, True, cfg.seed)}
+        for name, part in rows.items():
+            (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows["train"]]
         gold_train.make_model(out / "random", texts, True, hidden=96, layers=4, seed=cfg.seed)
     gold_train.wait_for_all()
     school = replace(cfg, student_model=str(out / "random"), teacher_model=None, block_size=1, shift=True, resume=again)
