@@ -828,6 +828,11 @@ def load_tokenizer(name: str, revision: str | None = None, options: dict | None 
     return tokenizer
 
 
+def hub_name(name: str) -> tuple[str, str | None]:
+    """(name, revision) of ID@REVISION; a directory is taken as it is called."""
+    return (name, None) if "@" not in name or Path(name).exists() else tuple(name.rsplit("@", 1))
+
+
 def load_vocabulary(
     name: str, revision: str | None = None, options: dict | None = None, day: str | None = None
 ) -> Vocabulary:

@@ -47,7 +47,9 @@ CHAT = (  # what gold_eval's ppl task reads, as a template: answers are prompted
 @dataclass(frozen=True)
 class Config:
     mode: Literal["train", "eval"] = "train"  # eval: perplexity and accuracy of a checkpoint, --student-model
-    student_model: str | None = None  # causal LM to start from, directory or Hub id; none: the embedded job
+    student_model: str | None = (
+        None  # causal LM to start from, directory, Hub id or ID@REVISION; none: the embedded job
+    )
     teacher_model: str | None = None  # causal LM with the same tokenizer whose laws are targets; none: the answers are
     soft: Literal["frontier", "all"] = "frontier"  # at which holes; all is biased: the teacher sees no later token
     dataset: str = "openai/gsm8k"  # as in gold_train.py
@@ -102,11 +104,12 @@ def check(cfg: Config) -> None:
     gold_eval.parse_tasks(cfg.tasks)
     if name is None:
         return need(cfg.mode == "train", "--mode eval needs a checkpoint of this fork: --student-model DIR")
-    ours = gold_data.load_vocabulary(name)
+    ours = gold_data.load_vocabulary(*gold_data.hub_name(name))
     need(ours.tokenizer.eos_token is not None, f"the tokenizer of {name} has no eos token: no answer could end")
-    same = not cfg.teacher_model or gold_data.same_vocabulary(ours, gold_data.load_vocabulary(cfg.teacher_model))
+    theirs = gold_data.load_vocabulary(*gold_data.hub_name(cfg.teacher_model or name))
+    same = gold_data.same_vocabulary(ours, theirs)
     need(same, f"teacher_model {cfg.teacher_model} has another tokenizer than {name}")
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(gold_data.hub_name(name)[0], revision=gold_data.hub_name(name)[1])
     text, most = config.get_text_config().to_dict(), gold_buffer.positions(config)
     kinds = sorted(set(text.get("layer_types") or ()) - {"full_attention"})
     kinds = kinds or ["sliding windows"] * bool(text.get("sliding_window") and text.get("use_sliding_window", True))
@@ -129,7 +132,7 @@ def block_mask(n: int, size: int, keys: Tensor) -> Tensor:
 
 
 def noise(keys: list[list[int]], lengths: list[int], size: int) -> tuple[Tensor, Tensor]:
-    """(u (B, blocks), order (B, blocks * size)) uniform in [0, 1); each of a text's blocks has a u in another stratum.
+    """(u (B, blocks), order (B, blocks * size)) uniform in [0, 1); each block of a text has its u in another stratum.
 
     A text's noise is a function of its key alone, whatever the ranks, micro-batches and neighbours.
     """
@@ -233,8 +236,9 @@ def diffusion_loss(net: Denoiser, x0: Tensor, keys: Tensor, drawn, teacher=None,
 
 def prepare(cfg: Config, folder: Path) -> None:
     """The causal LM with a hole as its last id, whose vector is the mean of the others, and our prompts."""
-    tokenizer = gold_data.load_vocabulary(cfg.student_model).tokenizer
-    model, hole = gold_buffer.load_model(cfg.student_model, None, torch.float32, "cpu"), "<|mask|>"
+    name, hole = gold_data.hub_name(cfg.student_model), "<|mask|>"
+    tokenizer = gold_data.load_vocabulary(*name).tokenizer
+    model = gold_buffer.load_model(*name, torch.float32, "cpu")
     if hole not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"mask_token": hole})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # otherwise there is a free padding row
@@ -253,7 +257,7 @@ def prepare(cfg: Config, folder: Path) -> None:
 
 def open_denoiser(cfg: Config, name: str, ranks: gold_train.Ranks) -> Denoiser:
     """The model that `prepare` has written. Raises ValueError if it does not obey masks and positions."""
-    load = lambda: gold_buffer.load_model(name, None, torch.float32, ranks.device)
+    load = lambda: gold_buffer.load_model(*gold_data.hub_name(name), torch.float32, ranks.device)
     model, dtype = gold_train.in_turn(ranks, load).eval(), gold_train.compute_dtype(cfg, ranks.device)
     (backbone, head), how = gold_buffer.split_head(model), model.config.bd3lm
     model.set_attn_implementation("sdpa")  # eager would add a mask of True and False
@@ -410,7 +414,7 @@ def train(cfg: Config, ranks: gold_train.Ranks) -> dict:
             gold_train.forget_after(out / "metrics.jsonl", step)
         teacher = None
         if cfg.teacher_model:
-            load = lambda: gold_buffer.load_model(cfg.teacher_model, None, net.dtype, device)
+            load = lambda: gold_buffer.load_model(*gold_data.hub_name(cfg.teacher_model), net.dtype, device)
             teacher = gold_buffer.LocalTeacher(gold_train.in_turn(ranks, load))
         batch, micros, world = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps, ranks.world_size
         tokens = batch * micros * world * (cfg.length - 1)  # of a step: all but the first of each chunk
@@ -505,7 +509,7 @@ def main() -> None:
     try:
         check(cfg)
         if cfg.mode == "eval":
-            tokenizer = gold_data.load_vocabulary(name).tokenizer
+            tokenizer = gold_data.load_vocabulary(*gold_data.hub_name(name)).tokenizer
             results = {name: evaluate(cfg, open_denoiser(cfg, name, ranks), tokenizer)}
         else:
             results = (train if name else embedded)(cfg, ranks)
