@@ -82,7 +82,7 @@ class Config:
 
 
 EMBEDDED = Config(
-    length=128, block_size=4, per_device_train_batch_size=16, max_steps=150, learning_rate=3e-3, lr_scheduler="cosine",
+    length=128, block_size=4, per_device_train_batch_size=16, max_steps=200, learning_rate=3e-3, lr_scheduler="cosine",
     ema=0.0, draws=4, eval_max_samples=200, max_new_tokens=40,
 )  # fmt: skip
 MAY_CHANGE = "output_dir save_steps resume tasks draws eval_max_samples max_new_tokens temperature per_step"
@@ -347,13 +347,13 @@ class BlockEngine:
         keys, position, block = column >= first, (column - first).clamp_min(0), column // size
         cache, rngs = DynamicCache(config=net.model.config), [np.random.default_rng(r.seed) for r in requests]
 
-        def run(a: int, b: int) -> Tensor:
-            """(B, b - a, ids) logits of these columns, whose keys and values the cache has then."""
+        def run(a: int, b: int, last: int = 0) -> Tensor:
+            """(B, last or b - a, ids) logits of these columns, whose keys and values the cache has then."""
             seen = (block[a:b, None] >= block[:b]) & keys[:, None, None, :b] | (column[a:b, None] == column[:b])
-            known = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
+            known = {"attention_mask": seen, "past_key_values": cache, "use_cache": True, "logits_to_keep": last}
             return net.model(x[:, a:b], position_ids=position[:, a:b], **known).logits.float()[..., : net.mask_id]
 
-        before, written = run(0, start)[:, -1:] if start else None, []
+        before, written = run(0, start, 1) if start else None, []
         for a in range(start, width, size):
             b, uniform = a + size, put(np.stack([rng.random((size, 2, size)) for rng in rngs]))
             while (holes := x[:, a:b] == net.mask_id).any():
@@ -371,7 +371,7 @@ class BlockEngine:
             ends = [next((i + 1 for i, t in enumerate(ids) if t in s.end_ids), None) for ids in written]
             if all(end or len(ids) == n for end, ids, n in zip(ends, written, room)):
                 break
-            before = run(a, b)[:, -1:]
+            before = run(a, b, 1)
         return [gold_buffer.Rollout(ids[:end], [], end is not None, 0) for ids, end in zip(written, ends)]
 
 
