@@ -652,12 +652,14 @@ def prefix_loss(
     Covering sums for byte-level probabilities of token models: Phan et al. 2024 (arXiv 2410.09303), Vieira et al. 2024
     (arXiv 2412.03719).
 
-    Args: offset (O,): which of the offsets 0..num_offsets-1 each outcome belongs to. Temperatures must be 1.
+    Args: offset (O,): which of the offsets 0..num_offsets-1 each outcome belongs to; -1 - m for one of offset m that
+        cannot be told apart and is part of "anything else". Temperatures must be 1.
     Returns: Loss with values (M,) in nats.
     """
     if student.temperature != 1.0 or teacher.temperature != 1.0:
         raise ValueError("prefix_loss multiplies conditional laws, which is only a law of text at temperature 1")
-    num_outcomes = offset.numel()
+    num_outcomes, counted = offset.numel(), offset >= 0
+    offset = torch.where(counted, offset, -1 - offset)
 
     def text_law(side: Side, q: Queries) -> tuple[Tensor, dict[str, Tensor]]:
         """Probabilities (O,) of the outcomes: sums of path times range, over the total of the outcome's offset."""
@@ -680,7 +682,7 @@ def prefix_loss(
         teacher_law, _ = text_law(teacher, teacher_queries)
 
     # what one vocabulary cannot write at all is part of "anything else" for both
-    shared = ((student_law != 0) & (teacher_law != 0)).nonzero()[:, 0]  # NaN stays
+    shared = (counted & (student_law != 0) & (teacher_law != 0)).nonzero()[:, 0]  # NaN stays
     logq, logp, offset = student_law[shared].log(), teacher_law[shared].log(), offset[shared]
 
     def anything_else(law):
