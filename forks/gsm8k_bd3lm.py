@@ -47,9 +47,7 @@ CHAT = (  # what gold_eval's ppl task reads, as a template: answers are prompted
 @dataclass(frozen=True)
 class Config:
     mode: Literal["train", "eval"] = "train"  # eval: perplexity and accuracy of a checkpoint, --student-model
-    student_model: str | None = (
-        None  # causal LM to start from, directory, Hub id or ID@REVISION; none: the embedded job
-    )
+    student_model: str | None = None  # causal LM to start from: directory, Hub id, ID@REVISION; none: the embedded job
     teacher_model: str | None = None  # causal LM with the same tokenizer whose laws are targets; none: the answers are
     soft: Literal["frontier", "all"] = "frontier"  # at which holes; all is biased: the teacher sees no later token
     dataset: str = "openai/gsm8k"  # as in gold_train.py
@@ -107,8 +105,7 @@ def check(cfg: Config) -> None:
     ours = gold_data.load_vocabulary(*gold_data.hub_name(name))
     need(ours.tokenizer.eos_token is not None, f"the tokenizer of {name} has no eos token: no answer could end")
     theirs = gold_data.load_vocabulary(*gold_data.hub_name(cfg.teacher_model or name))
-    same = gold_data.same_vocabulary(ours, theirs)
-    need(same, f"teacher_model {cfg.teacher_model} has another tokenizer than {name}")
+    need(gold_data.same_vocabulary(ours, theirs), f"{cfg.teacher_model} has another tokenizer than {name}")
     config = AutoConfig.from_pretrained(gold_data.hub_name(name)[0], revision=gold_data.hub_name(name)[1])
     text, most = config.get_text_config().to_dict(), gold_buffer.positions(config)
     kinds = sorted(set(text.get("layer_types") or ()) - {"full_attention"})
@@ -255,9 +252,10 @@ def prepare(cfg: Config, folder: Path) -> None:
     gold_train.save_model(folder, model, tokenizer)
 
 
-def open_denoiser(cfg: Config, name: str, ranks: gold_train.Ranks) -> Denoiser:
-    """The model that `prepare` has written. Raises ValueError if it does not obey masks and positions."""
-    load = lambda: gold_buffer.load_model(*gold_data.hub_name(name), torch.float32, ranks.device)
+def open_denoiser(cfg: Config, name: str, ranks: gold_train.Ranks) -> tuple[Denoiser, object]:
+    """(model, tokenizer) that `prepare` has written. Raises ValueError if it does not obey masks and positions."""
+    name, tokenizer = gold_data.hub_name(name), gold_data.load_vocabulary(*gold_data.hub_name(name)).tokenizer
+    load = lambda: gold_buffer.load_model(*name, torch.float32, ranks.device)
     model, dtype = gold_train.in_turn(ranks, load).eval(), gold_train.compute_dtype(cfg, ranks.device)
     (backbone, head), how = gold_buffer.split_head(model), model.config.bd3lm
     model.set_attn_implementation("sdpa")  # eager would add a mask of True and False
@@ -272,7 +270,7 @@ def open_denoiser(cfg: Config, name: str, ranks: gold_train.Ranks) -> Denoiser:
         raise ValueError(f"{type(model).__name__} does not obey our mask and positions: blocks need full attention")
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return net
+    return net, tokenizer
 
 
 def wrapped(cfg: Config, tokenizer, say) -> Tensor:
@@ -399,7 +397,7 @@ def train(cfg: Config, ranks: gold_train.Ranks) -> dict:
             prepare(cfg, out / "init")
         gold_train.wait_for_all()
         folder = gold_train.newest_checkpoint(out / "checkpoints", say) if cfg.resume else out / "init"
-        tokenizer, net = gold_data.load_vocabulary(str(folder)).tokenizer, open_denoiser(cfg, str(folder), ranks)
+        net, tokenizer = open_denoiser(cfg, str(folder), ranks)
         chunks = gold_buffer.RowStream(wrapped(cfg, tokenizer, say), cfg.seed)
         optimizer, parameters = gold_train.open_optimizer(cfg, net.model), dict(net.model.named_parameters())
         step, average = 0, {name: p.detach().clone() for name, p in parameters.items()} if cfg.ema else {}
@@ -485,12 +483,11 @@ def embedded(cfg: Config, ranks: gold_train.Ranks) -> dict:
     start, again = str(out / "ar" / "checkpoints" / "latest"), (out / "ar" / "checkpoints" / "latest").exists()
     gold_train.wait_for_all()
     if ranks.rank == 0 and not again:
-        out.mkdir(parents=True, exist_ok=True)
         rows = {"train": word_problems(4000, False, cfg.seed), "test": word_problems(400, True, cfg.seed)}
-        for name, part in rows.items():
-            (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
         texts = [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in rows["train"]]
         gold_train.make_model(out / "random", texts, True, hidden=96, layers=4, seed=cfg.seed)
+        for name, part in rows.items():
+            (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     gold_train.wait_for_all()
     school = replace(cfg, student_model=str(out / "random"), teacher_model=None, block_size=1, shift=True, resume=again)
     first = train(replace(school, max_steps=2 * cfg.max_steps, output_dir=str(out / "ar")), ranks)
@@ -509,8 +506,7 @@ def main() -> None:
     try:
         check(cfg)
         if cfg.mode == "eval":
-            tokenizer = gold_data.load_vocabulary(*gold_data.hub_name(name)).tokenizer
-            results = {name: evaluate(cfg, open_denoiser(cfg, name, ranks), tokenizer)}
+            results = {name: evaluate(cfg, *open_denoiser(cfg, name, ranks))}
         else:
             results = (train if name else embedded)(cfg, ranks)
         if ranks.rank == 0:

@@ -461,10 +461,9 @@ def test_the_saved_model_has_the_averaged_weights_and_knows_its_blocks(start, tm
     for name, mean in after["average"].items():
         assert torch.allclose(mean, decay * before["average"][name] + (1 - decay) * after["weights"][name], atol=1e-7)
     latest = tmp_path / "checkpoints" / "latest"
-    net = fork.open_denoiser(config(start, tmp_path), str(latest), ALONE)
+    net, tokenizer = fork.open_denoiser(config(start, tmp_path), str(latest), ALONE)
     assert equal({k: p.data for k, p in net.model.named_parameters()}, after["average"])
     assert (net.size, net.shift) == (4, True) and not equal(after["weights"], after["average"])
-    tokenizer = gold_data.load_vocabulary(str(latest)).tokenizer
     assert tokenizer.convert_ids_to_tokens(net.mask_id) == "<|mask|>" and net.mask_id == len(tokenizer) - 1
     prompt = tokenizer.decode(gold_data.encode_prompt(tokenizer, [{"role": "user", "content": "Why?"}]))
     assert prompt == f"{tokenizer.eos_token}Question: Why?\nAnswer:"
@@ -548,7 +547,7 @@ def test_models_that_do_not_see_everything_are_refused_by_name(start, tmp_path, 
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(start, tmp_path, two_models):
-    with pytest.raises(ValueError, match="has another tokenizer"):
+    with pytest.raises(ValueError, match="has another tokenizer than"):
         fork.check(config(start, tmp_path, teacher_model=two_models[1]))
 
 
