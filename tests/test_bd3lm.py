@@ -22,7 +22,7 @@ from conftest import tiny_llama, tiny_model, tiny_qwen
 sys.path.insert(0, str(Path(__file__).parent.parent / "forks"))
 
 import gsm8k_bd3lm as fork
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import gold_data
 import gold_eval
@@ -268,9 +268,12 @@ def test_a_teacher_at_frontier_holes_has_the_expected_gradient_of_answers_and_at
     assert largest["frontier"] < 1e-4 and largest["all"] > 1e-2, largest
 
 
-def trained_gap(size: int, steps: int, soft: str | None = None, shift: bool = True) -> float:
+def trained_gap(size: int, steps: int, soft: str | None = None) -> float:
     """Bound - nats of the same new texts, per token, after training on texts of the source."""
-    source, net = Source(), denoiser(size, shift, tiny_llama(V, hidden=32))
+    torch.manual_seed(0)
+    how = {"num_attention_heads": 2, "intermediate_size": 96, "max_position_embeddings": 64, "bos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(V, 48, num_hidden_layers=2, eos_token_id=None, **how))  # not sharp at first
+    source, net = Source(), denoiser(size, model=model)
     keys, tokens = torch.ones(1, 16, dtype=torch.bool), 32 * 15
     optimizer = torch.optim.AdamW(net.model.parameters(), lr=3e-3, weight_decay=0.0)
     for step in range(steps):
@@ -292,6 +295,7 @@ def test_the_bound_stays_above_the_entropy_of_the_source_and_comes_near_it(size)
 
 @pytest.mark.slow
 def test_frontier_laws_train_better_than_answers_and_laws_at_all_holes_worse():
+    """Measured with seeds 0 and 1: 0.138, 0.155, 0.170 and 0.118, 0.155, 0.170 nats per token."""
     gaps = {soft: trained_gap(4, 250, soft) for soft in ("frontier", None, "all")}
     assert 0 < gaps["frontier"] < gaps[None] < gaps["all"], gaps
 
