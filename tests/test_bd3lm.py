@@ -271,8 +271,8 @@ def test_a_teacher_at_frontier_holes_has_the_expected_gradient_of_answers_and_at
 def trained_gap(size: int, steps: int, soft: str | None = None) -> float:
     """Bound - nats of the same new texts, per token, after training on texts of the source."""
     torch.manual_seed(0)
-    how = {"num_attention_heads": 2, "intermediate_size": 96, "max_position_embeddings": 64, "bos_token_id": None}
-    model = LlamaForCausalLM(LlamaConfig(V, 48, num_hidden_layers=2, eos_token_id=None, **how))  # not sharp at first
+    how = {"vocab_size": V, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "bos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, eos_token_id=None, **how))  # its laws begin flat
     source, net = Source(), denoiser(size, model=model)
     keys, tokens = torch.ones(1, 16, dtype=torch.bool), 32 * 15
     optimizer = torch.optim.AdamW(net.model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -290,7 +290,7 @@ def trained_gap(size: int, steps: int, soft: str | None = None) -> float:
 
 @pytest.mark.parametrize("size", [1, 4, 8, 16])
 def test_the_bound_stays_above_the_entropy_of_the_source_and_comes_near_it(size):
-    assert 0 < trained_gap(size, 80) < (0.1 if size == 1 else 0.6)
+    assert 0 < trained_gap(size, 80) < (0.1 if size == 1 else 0.4)
 
 
 @pytest.mark.slow
