@@ -229,8 +229,19 @@ def _draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
         ordered, index = p.sort(-1, descending=True)
         outside = (ordered.cumsum(-1) - ordered) >= s.top_p  # the token that crosses top_p stays
         p = p.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), 0.0)
-    running = p.double().cumsum(-1)
-    return (running <= u[:, None] * running[:, -1:]).sum(-1).clamp(max=z.size(1) - 1)
+    blocks = torch.nn.functional.pad(p, (0, -p.size(1) % 256)).unflatten(1, (-1, 256))  # running sums of these alone
+    sums = blocks.sum(-1, dtype=torch.float64)
+    block, rest = _invert(sums, u * sums.sum(-1))
+    token, _ = _invert(blocks[torch.arange(len(block)), block].double(), rest)
+    return 256 * block + token
+
+
+def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """First index (B,) whose running sum of mass (B, K) exceeds the target, so one with mass; what is left of it."""
+    running = mass.cumsum(-1)
+    target = torch.minimum(target, torch.nextafter(running[:, -1], torch.zeros_like(target)))[:, None]
+    index = (running <= target).sum(-1, keepdim=True)
+    return index[:, 0], (target - (running - mass).gather(1, index))[:, 0]
 
 
 @contextlib.contextmanager
@@ -731,11 +742,9 @@ def without_dropout(model) -> None:
 def split_head(model) -> tuple[torch.nn.Module, dict]:
     """(backbone, keyword arguments of gold_loss.Head) of a causal LM, checked against the model's own logits.
 
-    Rows are padded on the right and have no mask: what is read stands left of the padding, which a causal model does
-    not see there. Masks of sliding windows and the like are made by transformers, of the configuration.
-
-    Raises ValueError that names the architecture if its logits are not softcap(scale * (hidden W + b)) of one matrix,
-    or if a token changes what stands to its left.
+    Rows are padded on the right and need no mask: what is read stands left of the padding. Masks of sliding windows and
+    the like are transformers' own. Raises ValueError that names the architecture if its logits are not
+    softcap(scale * (hidden W + b)) of one matrix, or if a token changes what stands to its left.
     """
     backbone, head, config = model.base_model, model.get_output_embeddings(), model.config.get_text_config()
     if head is None or backbone is model:
@@ -746,10 +755,9 @@ def split_head(model) -> tuple[torch.nn.Module, dict]:
     probe, training = torch.arange(8, device=head.weight.device)[None] % head.weight.size(0), model.training
     model.eval()
     with torch.no_grad():
-        hidden = backbone(input_ids=probe, use_cache=False).last_hidden_state
-        other = backbone(input_ids=torch.where(probe < 5, probe, 0), use_cache=False).last_hidden_state
-        z = hidden @ parts["weight"].T + (0 if parts["bias"] is None else parts["bias"])
-        z = z.float() * scale
+        pair = (probe, torch.where(probe < 5, probe, 0))
+        hidden, other = (backbone(input_ids=ids, use_cache=False).last_hidden_state for ids in pair)
+        z = scale * (hidden @ head.weight.T + (0 if parts["bias"] is None else parts["bias"])).float()
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
         own = model(input_ids=probe, use_cache=False).logits.float()
     model.train(training)
@@ -797,8 +805,8 @@ def _exit_with(parent: int) -> None:
 def _serve_teacher(load, address: str, key: bytes, clients: int, parent: int) -> None:
     """The process that owns the node's teacher: answers until all `clients` ranks have left, or `parent` is gone.
 
-    An answer is (True, the result) or (False, what went wrong): the rank that asked raises it. Tensors go as bytes:
-    multiprocessing's own way, shared memory, needs the sender to live on.
+    An answer is (True, the result) or (False, what went wrong). Tensors go as bytes: multiprocessing's own way, shared
+    memory, needs the sender to live on.
     """
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     teacher = LocalTeacher(load())
@@ -847,7 +855,7 @@ class SharedTeacher:
             here = next(address for n, address in found if n == node and address is not None)
         until, self.connection = time.monotonic() + timeout, None
         while self.connection is None:
-            if self.process is not None and not self.process.is_alive():
+            if self.process and not self.process.is_alive():
                 raise RuntimeError(f"the teacher's process ended with exit code {self.process.exitcode} while loading")
             if time.monotonic() > until:
                 raise TimeoutError(f"the teacher was not ready after {timeout:.0f} s")
@@ -999,10 +1007,10 @@ class ServedTeacher:
             except (AttributeError, KeyError, TypeError, ValueError):
                 ok = False
             if not ok:
+                wanted = f"the top {self.k} and token {ids[position]} of a vocabulary of {self.size}"
+                found = f"{str(entries[position])[:300]}; does the server allow --max-logprobs {self.k}?"
                 raise ValueError(
-                    f"{self.url}: the answer at position {position} is not the top {self.k} and token {ids[position]} "
-                    f"of a vocabulary of {self.size} with their log probabilities: {str(entries[position])[:300]}; "
-                    f"does the server allow --max-logprobs {self.k}?"
+                    f"{self.url}: at position {position} are not the log probabilities of {wanted}: {found}"
                 )
         return np.minimum(own, 0), best[..., 0].astype(np.int64), np.minimum(best[..., 1], 0)
 
@@ -1012,9 +1020,8 @@ class ServedTeacher:
         return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*parts))
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        s = sampling
-        settings = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p}
-        settings |= {"max_tokens": s.max_new_tokens, "stop_token_ids": list(s.end_ids), "ignore_eos": True}
+        settings = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        settings |= {"max_tokens": sampling.max_new_tokens, "stop_token_ids": sampling.end_ids, "ignore_eos": True}
         asked = [self.pool.submit(self._complete, r.prompt_ids, seed=r.seed, **settings) for r in requests]
         choices = [future.result() for future in asked]
         if bad := [c for c in choices if not c.get("token_ids")]:

@@ -19,6 +19,7 @@ import os
 import random
 import re
 import sys
+import unicodedata
 import zlib
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
@@ -26,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +68,11 @@ class Unusable(ValueError):
     """This row cannot be used; the message is the reason that is counted."""
 
 
+def _need(ok, why: str) -> None:
+    if not ok:
+        raise Unusable(why)
+
+
 COLUMNS = ("messages", "conversations", "prompt", "problem", "question", "nums")
 TEXTS = {*COLUMNS, "completion", "generations", "solution", "generated_solution"} - {"nums"}
 ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("system", "developer", "user", "assistant", "tool")}
@@ -77,35 +83,27 @@ def _text(value, what: str) -> str:
     """A text as it is, a whole number in digits, the parts of a list joined if all of them are texts."""
     if isinstance(value, (list, tuple)):
         parts = [part.get("text") if isinstance(part, dict) else part for part in value]
-        if not all(isinstance(part, str) for part in parts):
-            raise Unusable(f"{what} with parts that are no text")
-        value = "".join(parts)
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise Unusable(f"no {what}" if value is None else f"{what} is no text ({type(value).__name__})")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise Unusable(f"{what} with half a character (a lone surrogate)")
+        _need(all(isinstance(part, str) for part in parts), f"{what} with parts that are no text")
+        return _text("".join(parts), what)
+    value = str(value) if type(value) is int else value
+    _need(value is not None, f"no {what}")
+    _need(isinstance(value, str), f"{what} is no text ({type(value).__name__})")
+    _need(value.isascii() or not re.search("[\ud800-\udfff]", value), f"{what} with half a character")
     return value
 
 
 def _messages(value) -> list[Message]:
     """Role, content and thoughts of every message of a list, or of its JSON text, also under ShareGPT's names."""
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise Unusable("messages are text, but no JSON") from None
-    if not isinstance(value, (list, tuple)) or not all(isinstance(m, dict) for m in value):
-        raise Unusable("messages are no list of objects")
+    _need(isinstance(value, (list, tuple)) and all(isinstance(m, dict) for m in value), "messages are no objects")
     out = []
     for m in value:
-        role = m.get("role") or m.get("from")
-        content = m.get("value") if m.get("content") is None else m["content"]
-        if not isinstance(role, str) or role not in ROLES:
-            raise Unusable(f"a message of the unknown role {role!r:.40}" if role else "a message without a role")
-        if m.get("tool_calls") or m.get("function_call"):
-            raise Unusable("a tool call")
+        role, content = m.get("role") or m.get("from"), m.get("value") if m.get("content") is None else m["content"]
+        _need(role, "a message without a role")
+        _need(isinstance(role, str) and role in ROLES, f"a message of the unknown role {role!r:.40}")
+        _need(not m.get("tool_calls") and not m.get("function_call"), "a tool call")
         thoughts = {k: _text(m[k], k) for k in THOUGHTS if m.get(k)}
         out.append({"role": ROLES[role], "content": _text(content, "content")} | thoughts)
     return out
@@ -126,53 +124,42 @@ def to_row(raw: dict) -> Row:
     ask = lambda question: [{"role": "user", "content": _text(question, "question")}]
     answer = raw.get("expected_answer") if raw.get("expected_answer") is not None else raw.get("answer")
     completion, thoughts = raw.get("completion"), {}
-    if raw.get("tools") or raw.get("functions"):
-        raise Unusable("tools")
+    _need(not raw.get("tools"), "tools")
     if chat := raw.get("messages") or raw.get("conversations"):
         prompt = _messages(chat)
         if prompt and prompt[-1]["role"] == "assistant":
             completion = [prompt.pop()]
     elif raw.get("prompt"):
         prompt = _messages(raw["prompt"]) if isinstance(raw["prompt"], (list, tuple)) else ask(raw["prompt"])
-        if prompt[-1]["role"] == "assistant":
-            raise Unusable("a prompt that ends with the assistant")
+        _need(prompt[-1]["role"] != "assistant", "a prompt that ends with the assistant")
     elif raw.get("problem"):
         prompt, completion = ask(raw["problem"]), raw.get("generated_solution") or raw.get("solution")
     elif raw.get("question"):
         prompt, completion = ask(raw["question"]), raw.get("answer")
-        if raw.get("choices") or raw.get("options"):
-            raise Unusable("multiple choice")
+        _need(not raw.get("choices") and not raw.get("options"), "multiple choice")
         if completion is not None:
             completion = re.sub(r"<<[^>]*>>", "", _text(completion, "answer"))  # GSM8K's calculator annotations
             answer = completion.split("####")[-1].strip()
-    elif raw.get("nums") is not None and raw.get("target") is not None:
-        if not isinstance(raw["nums"], (list, tuple)) or {type(n) for n in [*raw["nums"], raw["target"]]} != {int}:
-            raise Unusable("nums and target are no whole numbers")
-        prompt = countdown_prompt(raw["nums"], raw["target"])
     else:
-        raise Unusable("empty prompt" if any(name in raw for name in COLUMNS) else "columns of no known schema")
+        _need(any(name in raw for name in COLUMNS), "columns of no known schema")
+        nums, target = raw.get("nums"), raw.get("target")
+        _need(nums is not None and target is not None, "empty prompt")
+        whole = isinstance(nums, (list, tuple)) and {type(n) for n in [*nums, target]} == {int}
+        _need(whole, "nums and target are no whole numbers")
+        prompt = countdown_prompt(nums, target)
     if raw.get("generations") and raw.get("correctness_math_verify") is not None:
         done = raw.get("is_reasoning_complete") or [True] * len(raw["generations"])
         good = (text for text, *both in zip(raw["generations"], raw["correctness_math_verify"], done) if all(both))
         completion = next(good, None)
-        if completion is None:
-            raise Unusable("no verified generation")
-    if (
-        isinstance(completion, list)
-        and completion
-        and all(isinstance(m, dict) and {"role", "from"} & {*m} for m in completion)
-    ):
-        completion = _messages(completion)
-        if [m["role"] for m in completion] != ["assistant"]:
-            raise Unusable("a completion that is not one message of the assistant")
-        thoughts = {k: v for k, v in completion[0].items() if k in THOUGHTS}
-        completion = completion[0]["content"]
-    if not any(m["role"] == "user" and m["content"].strip() for m in prompt):
-        raise Unusable("empty prompt")
-    if completion is not None and not _text(completion, "completion").strip():
-        raise Unusable("empty completion")
-    meta = {k: v for k, v in raw.items() if k not in TEXTS and not isinstance(v, (list, dict)) or k == "nums"}
+        _need(completion is not None, "no verified generation")
+    if isinstance(completion, list) and any(isinstance(m, dict) and {"role", "from"} & {*m} for m in completion):
+        turns = _messages(completion)
+        _need([m["role"] for m in turns] == ["assistant"], "a completion that is not one message of the assistant")
+        completion, thoughts = turns[0]["content"], {k: v for k, v in turns[0].items() if k in THOUGHTS}
+    _need(any(m["role"] == "user" and m["content"].strip() for m in prompt), "empty prompt")
     completion = None if completion is None else _text(completion, "completion")
+    _need(completion is None or completion.strip(), "empty completion")
+    meta = {k: v for k, v in raw.items() if k not in TEXTS and not isinstance(v, (list, dict)) or k == "nums"}
     return Row(tuple(prompt), completion, answer, meta, thoughts, raw)
 
 
@@ -189,13 +176,12 @@ def _open_file(path: Path):
         return datasets.Dataset.from_dict({})
     if kind == "text":
         with path.open(encoding="utf-8-sig", errors="replace") as file:
-            whole = path.suffix == ".json" and file.read(1000).lstrip()[:1] == "["
-        if whole:
-            items = _json(path.read_bytes(), str(path))
-            return datasets.Dataset.from_dict({"an item of JSON": list(map(json.dumps, items))})
-        options |= {"features": datasets.Features({"a line of JSON": datasets.Value("large_string")})}
+            if path.suffix == ".json" and file.read(1000).lstrip()[:1] == "[":
+                items = _json(path.read_bytes(), str(path))
+                return datasets.Dataset.from_dict({"an item of JSON": list(map(json.dumps, items))})
         # bytes that are no UTF-8 become escapes that JSON does not know: the line is named as broken
         options |= {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"}
+        options["features"] = datasets.Features({"a line of JSON": datasets.Value("large_string")})
     try:
         return datasets.load_dataset(kind, **options)
     except datasets.exceptions.DatasetsError as e:
@@ -347,21 +333,21 @@ def _examine(
     """Columns of a batch: why a row cannot be used (None: it can, "": there is none), and what INDEX holds of it."""
     found, texts = [], {}
     for i, values in enumerate(zip(*batch.values())):
-        found.append({"why": "", "key": 0, "digest": 0, "answered": False})
+        found.append(["", 0, 0, False])
+        _, raw = _parse(dict(zip(batch, values)), int(positions[numbers[i]]), source)
         try:
-            _, raw = _parse(dict(zip(batch, values)), int(positions[numbers[i]]), source)
             if raw is not None:
                 row = to_row(raw)
                 texts[i], _ = prompts(tokenizers, row, template)
                 told = [] if template is None else [privileged(row, template)]
                 digest = _hash([row.prompt, row.completion, row.thoughts, *told])
-                found[i] = {"why": None, "key": row.key, "digest": digest, "answered": row.completion is not None}
+                found[i] = [None, row.key, digest, row.completion is not None]
         except Unusable as e:
-            found[i]["why"] = str(e)
+            found[i][0] = str(e)
     for why, tokenizer, room, column in zip(TOO_LONG, tokenizers, rooms, zip(*texts.values())):
         for i, long in zip(texts, too_long(tokenizer, column, room)):
-            found[i]["why"] = found[i]["why"] or (why if long else None)
-    return {k: [entry[k] for entry in found] for k in ("why", "key", "digest", "answered")}
+            found[i][0] = found[i][0] or (why if long else None)
+    return dict(zip(("why", *INDEX.names[1:]), map(list, zip(*found))))
 
 
 def load_rows(
@@ -389,16 +375,15 @@ def load_rows(
             raise ValueError(f"teacher_prompt_template asks for {asked}, but rows of {dataset} have {known}")
     if len(rows):
         part, code = data.select(positions), Path(__file__).read_text()
-        made_by = datasets.fingerprint.Hasher.hash([part._fingerprint, positions, code, tokenizers, rooms, template])
-        cache = Path(datasets.config.HF_DATASETS_CACHE) / "gold"
+        name = datasets.fingerprint.Hasher.hash([part._fingerprint, positions, code, tokenizers, rooms, template])
+        cache, value = Path(datasets.config.HF_DATASETS_CACHE) / "gold", datasets.Value
         cache.mkdir(parents=True, exist_ok=True)
-        types = {"why": "string", "key": "int64", "digest": "int64", "answered": "bool"}
+        types = {"why": value("string"), "key": value("int64"), "digest": value("int64"), "answered": value("bool")}
         workers = min(os.cpu_count(), len(part) // 10_000)
         found = part.map(
-            _examine, batched=True, with_indices=True, remove_columns=part.column_names, new_fingerprint=made_by,
-            features=datasets.Features({k: datasets.Value(v) for k, v in types.items()}),
-            cache_file_name=str(cache / f"{made_by}.arrow"), num_proc=workers if workers > 1 else None,
-            fn_kwargs={
+            _examine, batched=True, with_indices=True, remove_columns=part.column_names, new_fingerprint=name,
+            features=datasets.Features(types), cache_file_name=str(cache / f"{name}.arrow"),
+            num_proc=workers if workers > 1 else None, fn_kwargs={
                 "source": dataset, "positions": positions, "tokenizers": tuple(tokenizers), "rooms": rooms,
                 "template": template,
             },
@@ -618,6 +603,12 @@ MARK = "5c1e"  # stands for an answer's text in a template
 OPENED = re.compile(r"<(\w+)>\s*(</\1>\s*)?$")  # at the end of a prompt: the answer goes on inside, or after the pair
 
 
+def _opened(tokenizer, prompt: str) -> str:
+    """What the template itself has opened at the end of a prompt, as it stands there."""
+    found = OPENED.search(prompt[-100:])
+    return found[0] if found and tokenizer.chat_template and f"<{found[1]}>" in tokenizer.get_chat_template() else ""
+
+
 def prompts(tokenizers: Sequence, row: Row, template: str | None = None) -> tuple[list[str], str | None]:
     """(what each model, the student first, reads before the answer; the answer), by their own chat templates.
 
@@ -633,55 +624,38 @@ def prompts(tokenizers: Sequence, row: Row, template: str | None = None) -> tupl
             texts.append(render_prompt(tokenizer, messages))
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
             raise Unusable(f"refused by the {name}'s chat template: {e}") from e
-    if not tokenizers:
-        return texts, answer
-    tails = [_opened(*both) for both in zip(tokenizers, texts)]
-    if row.thoughts and answer is not None:
+    tail, *others = [_opened(*both) for both in zip(tokenizers, texts)] or [""]
+    if row.thoughts and answer is not None and tokenizers:
         turn = {"role": "assistant", "content": MARK} | row.thoughts
-        whole, start = render_prompt(tokenizers[0], [*row.prompt, turn], begin=False), texts[0].removesuffix(tails[0])
-        before, _, _ = whole.removeprefix(start).rpartition(MARK)
-        if (
-            "</" in tails[0]
-            or not whole.startswith(start)
-            or not any(t.strip() in before for t in row.thoughts.values())
-        ):
-            raise Unusable(f"{' and '.join(row.thoughts)}, which the student's chat template does not write")
+        whole, start = render_prompt(tokenizers[0], [*row.prompt, turn], begin=False), texts[0].removesuffix(tail)
+        before = whole.removeprefix(start).rpartition(MARK)[0]
+        written = (
+            "</" not in tail and whole.startswith(start) and any(t.strip() in before for t in row.thoughts.values())
+        )
+        _need(written, f"{' and '.join(row.thoughts)}, which the student's chat template does not write")
         answer = before + answer
-    if "</" not in tails[0]:
-        texts[1:] = [t if "</" in tail else t.removesuffix(tail) + tails[0] for t, tail in zip(texts[1:], tails[1:])]
-    if tails[0] and answer is not None:
-        again = re.match(r"\s*" + r"\s*".join(map(re.escape, tails[0].split())), answer)
-        answer = answer[again.end() :].removeprefix(tails[0][len(tails[0].rstrip()) :]) if again else answer
+    if "</" not in tail:
+        texts[1:] = [t if "</" in other else t.removesuffix(other) + tail for t, other in zip(texts[1:], others)]
+    if tail and answer is not None:
+        again = re.match(r"\s*" + r"\s*".join(map(re.escape, tail.split())), answer)
+        answer = answer[again.end() :].removeprefix(tail[len(tail.rstrip()) :]) if again else answer
     return texts, answer
 
 
-def _opened(tokenizer, prompt: str) -> str:
-    """What the template itself has opened at the end of a prompt, as it stands there."""
-    found = OPENED.search(prompt[-100:])
-    return found[0] if found and tokenizer.chat_template and f"<{found[1]}>" in tokenizer.get_chat_template() else ""
-
-
 @functools.cache
-def _spelling(tokenizer) -> tuple[int, re.Pattern]:
-    """(bytes of the longest entry, at most; what finds special tokens in a prompt)"""
-    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and not t.single_word]
-    longest = max(len(piece.encode()) for piece in tokenizer.get_vocab())
-    return longest, re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+def _longest(tokenizer) -> int:
+    """Bytes of the longest entry of the vocabulary, at most."""
+    return max(len(piece.encode()) for piece in tokenizer.get_vocab())
 
 
 def too_long(tokenizer, texts: list[str], room: int) -> list[bool]:
     """Whether prompts have more than `room` tokens. Only those are encoded whose size does not tell.
 
-    A special token is one token, any other writes a byte or more, and none more than the longest entry of the
-    vocabulary. Unicode's normal forms leave ASCII alone and make at most 11 bytes of one other.
+    Every token writes a byte or more, and none more than the longest entry of the vocabulary. Unicode's normal forms
+    leave ASCII alone and make at most 11 bytes of one other; a phantom space and BOS may come in front.
     """
-    longest, special = _spelling(tokenizer)
-    sizes, out = [len(text) if text.isascii() else 11 * len(text.encode()) for text in texts], []
-    for i, text in enumerate(texts):
-        if sizes[i] + 2 > room:  # a phantom space, and BOS
-            sizes[i] -= sum(len(found) - 1 for found in special.findall(text))
-        out.append(sizes[i] + 2 > room)
-    unsure = [i for i, text in enumerate(texts) if out[i] and len(text) <= room * longest]
+    out = [(len(text) if text.isascii() else 11 * len(text.encode())) + 2 > room for text in texts]
+    unsure = [i for i, text in enumerate(texts) if out[i] and len(text) <= room * _longest(tokenizer)]
     for i, ids in zip(unsure, encode_texts(tokenizer, [texts[i] for i in unsure]) if unsure else ()):
         out[i] = len(ids) > room
     return out
@@ -769,6 +743,25 @@ def token_bytes(tokenizer) -> list[bytes | None]:
     return out
 
 
+# letters, and what may stand before and behind them: every case that pre-tokenizers are known to tell apart
+KINDS = "aAsdmtlvreSDMTLVRE0 \n\t\r'._/-(<\u00e9\u00c9\u660e\u0301\u0663\u3000\u20ac\u3002"
+CATEGORY = {"Ll": "\u00e9", "Lu": "\u00c9", "L": "\u660e", "M": "\u0301", "N": "\u0663", "Z": "\u3000", "S": "\u20ac"}
+BEFORE = ("", "a", "00", " ", "\n", "a'")
+BEHIND = ("", "a", "s", "e", "l", "re", "ll", "A", "0", "00", " ", " a", "\n", ".", "'s", "\u00e9", "\u660e")
+
+
+@functools.cache
+def kind(code: int) -> int:
+    """Index of the letter of KINDS that a pre-tokenizer treats like this code point."""
+    c = chr(code)
+    if c not in KINDS and code < 128:
+        c = "a" if c.islower() else "A" if c.isupper() else "0" if c.isdigit() else "."
+    elif c not in KINDS:
+        name = unicodedata.category(c)
+        c = CATEGORY.get(name) or CATEGORY.get(name[0], "\u3002")
+    return KINDS.index(c)
+
+
 class Vocabulary:
     """A tokenizer as a map between ids and bytes, with its tokens sorted so that "starts with" is a range.
 
@@ -789,20 +782,23 @@ class Vocabulary:
             self.bytes[i] = None
         self.lengths = np.array([len(b or b"") for b in self.bytes])
         self.single = {b[0]: i for i, b in reversed(list(enumerate(self.bytes))) if b is not None and len(b) == 1}
+        self.literal = [i for i, t in tokenizer.added_tokens_decoder.items() if i < size and self.bytes[i]]
         # a tokenizer that puts a phantom space in front of a text is given something else to put it in front of
         probe = "caf\u00e9 12 + 3 = 15 (ok)\n"
-        writes = lambda guard: self.join(self._encode_after(guard, probe) or []) == probe.encode()
+        writes = lambda guard: self.join((self._encode_after(guard, probe) or [[]])[0]) == probe.encode()
         self.guards = [""] if writes("") else [guard for guard in "\n=0." if writes(guard)]
         self.lossy = not self.guards
+        self.word = functools.lru_cache(1 << 16)(self._word)
 
-    def _encode_after(self, guard: str, text: str) -> list[int] | None:
-        """Tokens of `text` where it follows `guard`; None if a token spans both."""
+    def _encode_after(self, guard: str, text: str) -> tuple[list[int], list[int]] | None:
+        """Tokens of `text` where it follows `guard`, and the word of each; None if a token spans both."""
         # what a sample spells out is text, even where it spells a special token
-        ids = self.tokenizer(guard + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        encoded = self.tokenizer(guard + text, add_special_tokens=False, split_special_tokens=True)
+        ids, words = encoded["input_ids"], encoded.word_ids()
         if not guard:
-            return ids
+            return ids, words
         cut = np.flatnonzero(np.cumsum(self.lengths[ids]) == 1 + len(guard))  # phantom space and guard
-        return ids[cut[-1] + 1 :] if len(cut) else None
+        return (ids[cut[-1] + 1 :], words[cut[-1] + 1 :]) if len(cut) else None
 
     def join(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.bytes[i] or b"" for i in ids)
@@ -813,25 +809,32 @@ class Vocabulary:
         Invalid UTF-8 becomes single-byte tokens. Where the tokenizer cannot write the text (no such byte, a
         normalisation), the ids stop before it: `ends` says how far they got. A lossy tokenizer's ends are its offsets.
         """
+        return self.encode_words(text)[:2]
+
+    def encode_words(self, text: bytes) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """`encode`, and the number of the word that the pre-tokenizer cut, of each token; -1: of none."""
         if self.lossy:
             chars, options = text.decode(errors="replace"), {"add_special_tokens": False, "split_special_tokens": True}
             encoded = self.tokenizer(chars, return_offsets_mapping=True, **options)
             width = np.cumsum([0] + [len(c.encode()) for c in chars])
-            return encoded["input_ids"], width[[end for _, end in encoded["offset_mapping"]]]
+            return encoded["input_ids"], width[[end for _, end in encoded["offset_mapping"]]], np.zeros(0)
         ids: list[int | None] = []
+        words: list[int] = []
         parts = re.split("([\udc80-\udcff]+)", text.decode(errors="surrogateescape"))
         for i, part in enumerate(parts):
-            if i % 2:  # what is not UTF-8
-                ids += [self.single.get(ord(c) - 0xDC00) for c in part]
-            elif part:
-                tries = (self._encode_after(guard, part) for guard in self.guards)
-                ids += next((found for found in tries if found is not None), [None])
+            if i % 2:  # what is not UTF-8 is no word at all
+                found = [self.single.get(ord(c) - 0xDC00) for c in part], [-1] * len(part)
+            else:
+                tries = (self._encode_after(guard, part) for guard in self.guards if part)
+                found = next((found for found in tries if found is not None), ([None] * bool(part), [-1]))
+            words += [word if word < 0 else word + len(ids) for word in found[1]]
+            ids += found[0]
         ids = ids[: next((i for i, t in enumerate(ids) if t is None or not self.bytes[t]), len(ids))]  # unknown
         ends = np.cumsum(self.lengths[ids]) if ids else np.zeros(0, dtype=np.int64)
         written = self.join(ids)
         same = next((i for i, (a, b) in enumerate(zip(written, text)) if a != b), min(len(written), len(text)))
         keep = int(np.searchsorted(ends, same, side="right"))
-        return ids[:keep], ends[:keep]
+        return ids[:keep], ends[:keep], np.array(words[:keep], dtype=np.int64)
 
     @cached_property
     def tokens(self) -> set[bytes]:
@@ -859,6 +862,111 @@ class Vocabulary:
     def tree(self) -> "PrefixTree":
         return PrefixTree([self.bytes[i] for i in self.order[: -len(self.ends)]])
 
+    @cached_property
+    def rule(self) -> "BytePairs | Reencoded":
+        """Which tokens may stand behind which. Raises ValueError for a kind of tokenizer we cannot tell it of."""
+        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        if (kind := spec["model"]["type"]) not in ("BPE", "Unigram"):
+            raise ValueError(f"{self.tokenizer.name_or_path}: prefix reads BPE and Unigram tokenizers, not {kind}")
+        byte_level = "ByteLevel" in json.dumps([spec["pre_tokenizer"], spec["decoder"]])
+        return BytePairs(self, spec["model"], byte_level) if kind == "BPE" else Reencoded(self)
+
+    @cached_property
+    def joins(self) -> np.ndarray:
+        """(256, 256) whether some token has these two bytes side by side; between others is always a boundary."""
+        joins = np.zeros((256, 256), dtype=bool)
+        for b in self.tokens:
+            joins[list(b[:-1]), list(b[1:])] = True
+        return joins
+
+    @cached_property
+    def steady(self) -> np.ndarray:
+        """(KINDS, KINDS) whether a text that ends in letters of these two kinds is cut the same whatever follows it.
+
+        The pre-tokenizer is asked: most look ahead at the end of spaces, some in contractions or groups of digits.
+        """
+        cutter, n = self.tokenizer.backend_tokenizer.pre_tokenizer, len(KINDS)
+        steady = np.ones((n, n), dtype=bool)
+        for a, b, before in product(range(n), range(n), BEFORE if cutter else ()):
+            size = len(text := before + KINDS[a] + KINDS[b])
+            pieces = (cutter.pre_tokenize_str(text + behind) for behind in BEHIND)
+            steady[a, b] &= len({tuple(stop for _, (_, stop) in cut if stop < size) for cut in pieces}) == 1
+        return steady
+
+    def _word(self, ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What these tokens, all that the tokenizer makes of one word, leave open: (offsets, offsets, bytes).
+
+        An encoding that begins with the first k bytes of the word, but has a boundary before k that these tokens do not
+        have, makes F(k) incomplete: k is among the first offsets. Where k is a boundary of these tokens and F of the
+        bytes up to k and one more is incomplete, it is among the second, with that byte.
+        """
+        data, tree, still_open, at, byte = self.join(ids), self.tree, set(), [], []
+        path = dict(zip(accumulate(self.lengths[list(ids)].tolist()), ids)) | {0: None}
+        if ids[0] in self.literal:  # cut out of the text before all else, but only where it is complete
+            still_open.update(range(1, len(data)))
+        for start, states in enumerate([] if still_open else self.rule.states(data)):
+            for state in states:
+                if start in path and path[start] == state:
+                    continue  # the model has been asked there
+                node, count = 0, None
+                for k in range(start, len(data) + 1):
+                    node = tree.step(node, data[k - 1]) if k > start else 0
+                    if node < 0:
+                        break
+                    if k not in path and (k == start or k in still_open):
+                        continue
+                    if count is None:  # of the tokens that may follow, below the first node that matters
+                        lo = tree.lo[node]
+                        count = np.append(0, self.rule.may_follow(state, lo, tree.hi[node]).cumsum())
+                    if count[tree.hi[node] - lo] == count[tree.lo[node] - lo]:
+                        break
+                    still_open |= {k} if k > start else set()
+                    if k in path:
+                        child = tree.child[tree.child_start[node] : tree.child_start[node + 1]]
+                        child = child[count[tree.hi[child] - lo] > count[tree.lo[child] - lo]]
+                        at += [k] * len(child)
+                        byte += tree.byte[child].tolist()
+        return tuple(np.array(x, dtype=np.int64) for x in (sorted(still_open), at, byte))
+
+    def closed(self, text: bytes, ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(known (n + 1,), tells (n + 1, 256), broken (n + 1,)) of a text of n bytes, written with `ids`.
+
+        known[k]: F(k) is complete. tells[k, b]: so is F of the bytes up to k and b, and k is a boundary. broken: number
+        of words up to there that `ids` writes differently from the tokenizer; no offset in them is known.
+        """
+        data, n = np.frombuffer(text, dtype=np.uint8), len(text)
+        canonical, ends, words = self.encode_words(text)
+        starts, boundary = np.append(0, ends), np.cumsum([0, *self.lengths[ids]])[: len(ids)]
+        path = np.full(n + 1, -1)
+        path[boundary] = ids
+        tells = np.repeat(path[:, None] >= 0, 256, axis=1)
+        tells[n] = True
+        same, inner = path[starts[:-1]] == canonical, starts[1:-1]
+        fresh = (words[1:] != words[:-1]) | (words[1:] < 0) | ~self.joins[data[inner - 1], data[inner]]
+        known, broken = np.ones(n + 1, dtype=bool), np.zeros(n + 1, dtype=np.int64)
+        for i, j in pairwise([*([0] if canonical else []), *np.flatnonzero(fresh) + 1, len(canonical)]):
+            if words[i] < 0 or not same[i:j].all():
+                known[starts[i] + 1 : starts[j] + 1], broken[starts[j]] = False, 1
+                continue
+            still_open, at, byte = self.word(tuple(canonical[i:j]))
+            known[starts[i] + still_open] = False
+            tells[starts[i] + at, byte] = False
+        if starts[-1] < n:
+            known[starts[-1] + 1 :], broken[n] = False, 1
+        # what the pre-tokenizer does at the end of a prefix; what is inside a letter may end as any other letter
+        letters = text.decode(errors="surrogateescape").encode("utf-32-le", "surrogatepass")
+        code = np.frombuffer(letters, dtype=np.uint32)
+        width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
+        width[(code >= 0xDC80) & (code <= 0xDCFF)] = 1
+        end, kinds = width.cumsum(), np.array([kind(c) for c in code.tolist()], dtype=np.int64)
+        steady, inside = np.ones(n + 1, dtype=bool), np.ones(n + 1, dtype=bool)
+        steady[end[1:]] = self.steady[kinds[:-1], kinds[1:]]
+        inside[[0, *end]] = False
+        letter = np.repeat(end - width, width)[np.flatnonzero(inside) - 1]  # its first byte
+        steady[inside] = steady[letter] & (path[letter] >= 0)
+        tells[end, :128] &= self.steady[kinds][:, [kind(c) for c in range(128)]]
+        return known & steady, tells, broken.cumsum()
+
 
 def load_tokenizer(name: str, revision: str | None = None, options: dict | None = None, day: str | None = None):
     """The tokenizer of a model. Raises ValueError that names the model, or an option that its template does not know.
@@ -880,6 +988,11 @@ def load_tokenizer(name: str, revision: str | None = None, options: dict | None 
         if value is not None:
             tokenizer.init_kwargs[key] = value  # saved with the tokenizer: an evaluation of a checkpoint has them too
     return tokenizer
+
+
+def hub_name(name: str) -> tuple[str, str | None]:
+    """(name, revision) of ID@REVISION; a directory is taken as it is called."""
+    return (name, None) if "@" not in name or Path(name).exists() else tuple(name.rsplit("@", 1))
 
 
 def load_vocabulary(
@@ -934,12 +1047,159 @@ class PrefixTree:
             found.append((index, end, node))
         return tuple(np.concatenate(part) for part in zip(*found))
 
+    def step(self, node: int, byte: int) -> int:
+        """The node of this prefix and one more byte; -1: there is none."""
+        at = int(np.searchsorted(self.child_key, key := node * 256 + byte))
+        return int(self.child[at]) if at < len(self.child_key) and self.child_key[at] == key else -1
+
     def children(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(i, child): every child of nodes[i]."""
         count = self.child_start[nodes + 1] - self.child_start[nodes]
         index = np.repeat(np.arange(len(nodes)), count)
         nth = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
         return index, self.child[self.child_start[nodes][index] + nth]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# canonical tokens: which token may follow which, and what that says about the prefixes of a text
+
+
+class BytePairs:
+    """Byte-pair encoding by rank: which tokens may stand behind which in the encoding of a text.
+
+    A token comes into being by its last merge, at a time: the rank of that merge, or the time of its parts if that is
+    later. In the encoding of `a` + `b`, the right parts of a (a itself, its right half, that one's right half, ..) are
+    there one after the other, each until it is merged into the one before, and so are the left parts of b. The encoding
+    is (a, b) if and only if no pair of them is merged while both are there. A pair (x, y) merged at time t thus forbids
+    y and all tokens that begin with y and merge it at t or later: a range, if a token is followed by the tokens that
+    it is the left half of, late ones first.
+    """
+
+    def __init__(self, v: "Vocabulary", model: dict, byte_level: bool):
+        vocab, pairs = model["vocab"], (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        self.merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(pairs)}
+        self.letter = {c.replace("\u2581", " "): i for c, i in vocab.items() if len(c) == 1}
+        self.byte = {b: vocab.get(f"<0x{b:02X}>") for b in range(256)}
+        if byte_level:
+            self.letter, self.byte = {}, {b: vocab.get(c) for c, b in GPT2_BYTES.items()}
+        never = len(self.merges)
+        self.left, self.right, self.time = (np.full(v.size, x) for x in (-1, -1, -1))
+        self.ids: dict[bytes, int] = {}  # of the tokens that encodings hold
+        for i in sorted((i for i, b in enumerate(v.bytes) if b), key=lambda i: len(v.bytes[i])):
+            ids, last = self.symbols(v.bytes[i]), (-1, -1)
+            while len(ids) > 1:
+                rank, at = min((self.merges.get(p, (never,))[0], n) for n, p in enumerate(pairwise(ids)))
+                if rank == never:
+                    break
+                last = ids[at], ids[at + 1]
+                ids[at : at + 2] = [self.merges[last][1]]
+            if ids == [i]:
+                self.ids[v.bytes[i]], (self.left[i], self.right[i]) = i, last
+                if last[0] >= 0:
+                    self.time[i] = max(rank, *self.time[list(last)])
+        # merges by their first token: when they can happen at the earliest
+        of = sorted((a, b, rank) for (a, b), (rank, _) in self.merges.items())
+        self.first, self.second, rank = np.array(of, dtype=np.int64).reshape(-1, 3).T
+        self.when = np.maximum(rank, np.maximum(self.time[self.first], self.time[self.second]))
+        self.begin = np.searchsorted(self.first, np.arange(v.size + 1))
+        # tokens in the order of the ranges, and where the range of each stops
+        halves = defaultdict(list)
+        for i in self.ids.values():
+            halves[self.left[i]].append(i)
+        todo, line = halves[-1], []
+        for of in halves.values():
+            of.sort(key=self.time.__getitem__)
+        while todo:
+            line.append(todo.pop())
+            todo += halves[line[-1]]
+        self.place, self.stop = np.full(v.size, -1), np.zeros(v.size, dtype=np.int64)
+        self.place[line] = np.arange(len(line))
+        for i in reversed(line):
+            self.stop[i] = max(self.stop[i], self.place[i] + 1)
+            if self.left[i] >= 0:
+                self.stop[self.left[i]] = max(self.stop[self.left[i]], self.stop[i])
+        self.never = never
+        self.late = np.array(line)[np.argsort((self.left[line] + 1) * (never + 1) - self.time[line], kind="stable")]
+        self.late_key = (self.left[self.late] + 1) * (never + 1) - self.time[self.late]
+        self.place[v.literal] = v.size  # a token that is text as it stands: nothing forbids it
+        self.placed, self.longest = self.place[v.order], max(map(len, self.ids))  # in the order of the tree
+        self.forbidden = functools.lru_cache(1 << 16)(self._forbidden)
+
+    def symbols(self, data: bytes) -> list[int | None]:
+        """Ids of single letters or bytes, before any merge; None for what cannot be written."""
+        if not self.letter:
+            return [self.byte[b] for b in data]
+        out = []
+        for c in data.decode(errors="surrogateescape"):
+            known = self.letter.get(c)
+            out += [known] if known is not None else [self.byte[b] for b in c.encode(errors="surrogateescape")]
+        return out
+
+    def states(self, data: bytes) -> list[list[int | None]]:
+        """Last tokens of the encodings of data[:0], data[:1], ..: one each, or none."""
+        found: list[list[int | None]] = [[None], *([] for _ in data)]
+        for start, last in enumerate(found):
+            for token in last:
+                first, stop = ((), ()) if token is None else self.forbidden(token)
+                for end in range(start + 1, min(start + self.longest, len(data)) + 1):
+                    if (i := self.ids.get(data[start:end])) is not None:
+                        before = bisect_right(first, self.place[i]) - 1
+                        if before < 0 or stop[before] <= self.place[i]:
+                            found[end].append(i)
+        return found
+
+    def _forbidden(self, token: int) -> tuple[np.ndarray, np.ndarray]:
+        """(start, stop) of the ranges that may not follow `token`: sorted, and stops that never decrease."""
+        start, stop, limit = [], [], self.never
+        while True:
+            some = slice(self.begin[token], self.begin[token + 1])
+            second, when = self.second[some], self.when[some]
+            second, when = second[when < limit], when[when < limit]
+            last = np.searchsorted(self.late_key, (second + 1) * (self.never + 1) - when, side="right") - 1
+            below = (last >= 0) & (self.left[self.late[last]] == second)
+            start.append(self.place[second])
+            stop.append(np.where(below, self.stop[self.late[last]], self.place[second] + 1))
+            if self.right[token] < 0:
+                break
+            limit, token = self.time[token], self.right[token]
+        start, stop = np.concatenate(start), np.concatenate(stop)
+        order = np.argsort(start, kind="stable")
+        return start[order], np.maximum.accumulate(stop[order])
+
+    def may_follow(self, token: int | None, lo: int, hi: int) -> np.ndarray:
+        """(hi - lo,) which tokens lo..hi-1 of the sorted vocabulary may stand behind `token` (None: a cut)."""
+        place = self.placed[lo:hi]
+        if token is None:
+            return place >= 0
+        start, stop = self.forbidden(token)
+        if not len(start):
+            return place >= 0
+        before = np.searchsorted(start, place, side="right") - 1
+        return (place >= 0) & ((before < 0) | (stop[before] <= place))
+
+
+class Reencoded:
+    """Any other tokenizer whose encodings stay encodings when they are cut at a boundary, like Unigram: it is asked.
+
+    Two tokens may stand side by side if the text of both is encoded as both. Where that would have to be asked of more
+    than `most` tokens, all of them count as possible: fewer offsets are used then, not more.
+    """
+
+    def __init__(self, v: "Vocabulary", most: int = 64):
+        self.model, self.order, self.most = v.tokenizer.backend_tokenizer.model, v.order.tolist(), most
+        self.pieces = v.tokenizer.convert_ids_to_tokens(list(range(len(v.tokenizer))))
+        self.space = "\u2581" if any("\u2581" in piece for piece in self.pieces) else " "
+        self.encode = functools.lru_cache(1 << 16)(lambda text: [token.id for token in self.model.tokenize(text)])
+
+    def states(self, data: bytes) -> list[list[int | None]]:
+        """Last token of the encoding of data[:0], data[:1], ..; -1 inside a letter: anything may follow."""
+        texts = [data[:k].decode(errors="replace").replace(" ", self.space) for k in range(1, len(data) + 1)]
+        return [[None], *([-1 if "\ufffd" in text else self.encode(text)[-1]] for text in texts)]
+
+    def may_follow(self, token: int | None, lo: int, hi: int) -> np.ndarray:
+        if token is None or token < 0 or hi - lo > self.most:
+            return np.ones(hi - lo, dtype=bool)
+        return np.array([self.encode(self.pieces[token] + self.pieces[i]) == [token, i] for i in self.order[lo:hi]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -994,11 +1254,7 @@ class _PrefixSide:
         self.row_at[boundary] = np.arange(len(ids))
         self.is_boundary = self.row_at >= 0
         self.is_boundary[n] = True
-        # inside a token of the path: the prefix of it that has been written; at a boundary: the root
-        self.inside = np.zeros(n + 1, dtype=np.int64)
-        own = self.end < np.append(boundary[1:], n)[self.row]
-        self.inside[self.end[own]] = self.node[own]
-        self.known = self.is_boundary | np.append(False, self.is_boundary[:-1]) | tree.is_token[self.inside]
+        self.known, self.tells, self.broken = vocabulary.closed(text.astype(np.uint8).tobytes(), ids)
 
 
 def prefix_queries(
@@ -1021,27 +1277,26 @@ def prefix_queries(
     data = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
     n = len(data)
     sides = [_PrefixSide(student, student_ids, data), _PrefixSide(teacher, teacher_ids, data)]
-    known = np.flatnonzero(sides[0].known & sides[1].known)  # begins with 0, ends with n
-    at, after = (known, np.append(known[1:], n + 1)) if ended else (known[:-1], known[1:])
+    known = np.flatnonzero(sides[0].known & sides[1].known)  # begins with 0
+    at, after = known, np.append(known[1:], n + 1)  # n + 1: the end of the text
+    if not ended:
+        at, after = at[at < n], after[at < n]
     num_offsets = len(at)
-    full = sides[0].is_boundary[at] & sides[1].is_boundary[at]  # every byte is told apart, and the end of the text
-    part = np.flatnonzero(~full)
-    told = np.ones((len(part), 256), dtype=bool)
+    told = sides[0].tells[at] & sides[1].tells[at]
+    full = sides[0].is_boundary[at] & sides[1].is_boundary[at]  # here the end of the text is told apart, too
+    # the next byte is not told apart: one outcome for exactly the bytes up to the next offset
+    leap = (at < n) & ~told[np.arange(num_offsets), np.append(data, 0)[at]] & ((after <= n) | ended)
     for side in sides:
-        index, child = side.tree.children(side.inside[at[part]])
-        mine = np.repeat(side.is_boundary[at[part]][:, None], 256, axis=1)
-        token = side.tree.is_token[child]
-        mine[index[token], side.tree.byte[child[token]]] = True
-        told &= mine
-    leap = (after - at > 1) & ~full  # the next known offset is several bytes away: one outcome for exactly these
-    count = np.where(full, 257, leap)
-    count[part] += told.sum(1)
+        leap &= side.broken[at] == side.broken[after.clip(max=n)]
+    count = np.where(full, 257, told.sum(1)) + leap
     first = count.cumsum() - count
     num_outcomes = int(count.sum())
     nowhere = num_outcomes
-    slot_of_byte = np.full((num_offsets, 256), nowhere)
-    slot_of_byte[full] = first[full][:, None] + np.arange(256)
-    slot_of_byte[part] = np.where(told, first[part][:, None] + told.cumsum(1) - 1, nowhere)
+    slot_of_byte = first[:, None] + np.where(full[:, None], np.arange(256), told.cumsum(1) - 1)
+    offset = np.repeat(np.arange(num_offsets), count)
+    hidden = slot_of_byte[full[:, None] & ~told]  # part of "anything else", although every byte has a slot there
+    offset[hidden] = -1 - offset[hidden]
+    slot_of_byte[~told] = nowhere
     leap_to = np.full(n + 2, nowhere)
     leap_to[after[leap]] = (first + count - 1)[leap]
     offset_at = np.full(n + 1, -1)
@@ -1052,23 +1307,24 @@ def prefix_queries(
         tree, row, node, rows = side.tree, side.row, side.node, len(side.rank)
         path = np.arange(rows), side.rank, side.rank + 1, np.full(rows, -1 - num_offsets)
         leaps = row, tree.lo[node], tree.hi[node], np.where(node > 0, leap_to[side.end], nowhere)
+        ends = [side.row_at[n]], [int(tree.hi[0])], [side.num_tokens], [leap_to[n + 1]]
         used = offset_at[side.end] >= 0
         row, node, here = row[used], node[used], offset_at[side.end[used]]
         # the next byte: below every prefix that reaches a used offset; a `full` row is asked for all 256 at once
-        index, child = tree.children(node)
-        slot = np.where((full[here] & (node == 0))[index], nowhere, slot_of_byte[here[index], tree.byte[child]])
-        bytes_ = row[index], tree.lo[child], tree.hi[child], slot
+        some = np.flatnonzero(told.any(1)[here] & ~(full[here] & (node == 0)))
+        index, child = tree.children(node[some])
+        bytes_ = row[some][index], tree.lo[child], tree.hi[child], slot_of_byte[here[some][index], tree.byte[child]]
         # the total: what continues past the offset. A token that ends at a boundary without being on the path is
         # dropped: its text goes on in a way that no row of the path describes
         lo = np.where(side.is_boundary[at[here]], tree.rest[node], tree.lo[node])
         totals = row, lo, np.where(node > 0, tree.hi[node], side.num_tokens), -1 - here
-        row, lo, hi, slot = map(np.concatenate, zip(path, leaps, bytes_, totals))
+        row, lo, hi, slot = map(np.concatenate, zip(path, leaps, ends, bytes_, totals))
         keep = np.flatnonzero((lo < hi) & (slot < nowhere))
         keep = keep[np.argsort(row[keep], kind="stable")]
         own = np.flatnonzero(keep < rows)  # in the order of the rows
         q = {"row": row[keep], "lo": lo[keep], "hi": hi[keep], "slot": slot[keep], "path": own}
         queries.append(q | {"full_row": side.row_at[at[full]], "full_slot": first[full]})
-    return queries[0], queries[1], np.repeat(np.arange(num_offsets), count), num_offsets
+    return queries[0], queries[1], offset, num_offsets
 
 
 @dataclass(frozen=True)
@@ -1237,7 +1493,8 @@ def _collate_queries(batch: Batch, parts: list[tuple]) -> None:
         merged.append(q)
     batch.student_queries, batch.teacher_queries = merged
     offsets = np.cumsum([0] + [part[3] for part in parts])
-    batch.offset = torch.from_numpy(np.concatenate([part[2] + n for part, n in zip(parts, offsets)]))
+    shifted = [np.where(part[2] < 0, part[2] - n, part[2] + n) for part, n in zip(parts, offsets)]
+    batch.offset = torch.from_numpy(np.concatenate(shifted))
     batch.offset_sample = torch.from_numpy(np.repeat(np.arange(len(parts)), np.diff(offsets)))
 
 

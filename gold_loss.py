@@ -7,8 +7,8 @@ Letters    N scored rows    V, U student and teacher vocabulary    H, D student 
 
        JSD = beta KL(P||M) + (1 - beta) KL(Q||M).
 
-   It vanishes at both ends of beta, so one learning rate does not fit all betas. We divide by beta (1 - beta). With
-   d = log P - log Q and g_a(x) = log(1 + a (e^x - 1)) / a, g_0(x) = e^x - 1, the sum then reads, entry by entry,
+   It vanishes at both ends of beta: no learning rate fits all. We divide by beta (1 - beta). With d = log P - log Q and
+   g_a(x) = log(1 + a (e^x - 1)) / a, g_0(x) = e^x - 1, the sum then reads, entry by entry,
 
        JSD / (beta (1 - beta)) = - sum_v [ P g_{1-beta}(-d) + Q g_beta(d) ],
 
@@ -281,10 +281,6 @@ def law_stats(logq: Tensor, ids: Tensor | None, q: Tensor | None = None) -> dict
     return stats if ids is None else stats | {"logprob": logq.gather(1, ids[:, None])[:, 0]}
 
 
-def _tempered(logq: Tensor, temperature: float) -> Tensor:
-    return logq if temperature == 1.0 else F.log_softmax(logq / temperature, dim=-1)
-
-
 def row_loss(
     row_fn: Callable,
     student: Side,
@@ -362,16 +358,14 @@ class _RowFeatures(torch.autograd.Function):
 
 
 def _row_features(feature_fn: Callable, side: Side, chunk: int | None) -> tuple[Tensor, ...]:
-    return _RowFeatures.apply(
-        feature_fn, side.temperature, chunk, side.head, side.hidden, side.head.weight, side.head.bias
-    )
+    head = side.head
+    return _RowFeatures.apply(feature_fn, side.temperature, chunk, head, side.hidden, head.weight, head.bias)
 
 
 def token_logprobs(side: Side, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Log probability (N,) float64 of each row's own token, with gradient, and the entropy (N,) of each row's law."""
-    entropy, logp = _row_features(
-        lambda logp, rows: (logp.gather(1, side.ids[rows, None])[:, 0].double().clamp_min(FLOOR),), side, chunk
-    )
+    own = lambda logp, rows: (logp.gather(1, side.ids[rows, None])[:, 0].double().clamp_min(FLOOR),)
+    entropy, logp = _row_features(own, side, chunk)
     return logp, entropy
 
 
@@ -398,7 +392,7 @@ def fused_jsd(student: Side, teacher: Side, beta: float, scale: str = "kl", chun
         q = logq.exp()
         stats = law_stats(logq, None if student.ids is None else student.ids[rows], q)
         if student.temperature != 1.0:
-            logq = _tempered(logq, student.temperature)
+            logq = F.log_softmax(logq / student.temperature, dim=-1)
             q = logq.exp()
         values, w, a = row_terms(logp, logq, q, beta)
         if want_grad:
@@ -442,10 +436,8 @@ def check_served(logprobs: Tensor, ids: Tensor | None = None) -> None:
     for what, where in wrong.items():
         if where.any():
             row = int(where.any(1).nonzero()[0, 0])
-            found = f"{[round(x, 4) for x in logprobs[row].tolist()[:8]]}" + (
-                "" if ids is None else f" of {ids[row].tolist()[:8]}"
-            )
-            raise ValueError(f"the teacher's server answers with log probabilities {what}: {found} in row {row}")
+            told = [x[row, :8].tolist() for x in (logprobs, ids) if x is not None]
+            raise ValueError(f"the teacher's server answers with log probabilities {what}, in row {row}: {told}")
 
 
 def topk_jsd(
@@ -509,14 +501,10 @@ def alm_loss(student: Side, teacher_logprobs: Tensor, teacher_span: Tensor, chun
         inside = span >= 0
         return -logs.new_zeros(num_spans).index_add(0, span[inside], logs[inside])
 
-    values = alm_terms(per_span(teacher_logprobs.double(), teacher_span), per_span(logq, student.span))
+    sides = (teacher_logprobs.double(), teacher_span), (logq, student.span)
+    a, b = (per_span(*side).clamp_min(1e-9) for side in sides)
+    values = a * (a / b).log() - a + b  # >= 0, and exactly 0 at a = b
     return Loss(values.sum(), values.detach(), {"entropy": entropy, "logprob": logq.detach()})
-
-
-def alm_terms(a: Tensor, b: Tensor) -> Tensor:
-    """a log(a/b) - a + b >= 0 for negative log probabilities a (teacher) and b (student); exactly 0 at a = b."""
-    a, b = a.clamp_min(1e-9), b.clamp_min(1e-9)
-    return a * (a / b).log() - a + b
 
 
 def uld_loss(
@@ -541,7 +529,10 @@ def uld_loss(
     """
     last_s, last_t = span_ends(student.span)[1], span_ends(teacher.span)[1]
     match_s, match_t = match or (last_s[:0], last_t[:0])
-    rest_s, rest_t = _unmatched(student, match_s), _unmatched(teacher, match_t)
+    rest_s, rest_t = (  # ids that are not among the matched ones
+        torch.ones(side.head.weight.size(0), device=ids.device).index_fill(0, ids, 0.0).nonzero()[:, 0]
+        for side, ids in ((student, match_s), (teacher, match_t))
+    )
     share = match_t.numel() / teacher.head.weight.size(0)
     matched_weight, rest_weight = weights or (share, 1 - share)
 
@@ -554,7 +545,7 @@ def uld_loss(
         return logp.new_zeros(last.numel()).index_add(0, side.span[rows], logp)
 
     def sorted_l1(q: Tensor, p: Tensor) -> Tensor:
-        if q.size(1) == 0 or p.size(1) == 0:
+        if not (q.size(1) and p.size(1)):
             return q.new_zeros(q.size(0))
         width = max(q.size(1), p.size(1))
         q, p = (F.pad(x.sort(dim=-1, descending=True).values, (0, width - x.size(1))) for x in (q, p))
@@ -563,7 +554,7 @@ def uld_loss(
     def fn(z, teacher_z, extra, rows):
         extra = extra.to(z.dtype)
         logz = F.log_softmax(z, dim=-1)
-        logq = _tempered(logz, student.temperature) + extra[:, :1]
+        logq = F.log_softmax(z / student.temperature, dim=-1) + extra[:, :1]
         logp = F.log_softmax(teacher_z / teacher.temperature, dim=-1) + extra[:, 1:].detach()
         matched = divergence(logp[:, match_t], logq[:, match_s], beta, scale).sum(-1)
         unmatched = sorted_l1(logq[:, rest_s].exp(), logp[:, rest_t].exp())
@@ -575,13 +566,6 @@ def uld_loss(
         before_t = before(teacher, last_t)
     extra = torch.stack([before_s, before_t], 1)
     return row_loss(by_autograd(fn), student.at(last_s), teacher.at(last_t), extra, chunk, last_s)
-
-
-def _unmatched(side: Side, matched: Tensor) -> Tensor:
-    """Ids of the side's vocabulary that are not among `matched`."""
-    rest = torch.ones(side.head.weight.size(0), dtype=torch.bool, device=matched.device)
-    rest[matched] = False
-    return rest.nonzero()[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -668,12 +652,14 @@ def prefix_loss(
     Covering sums for byte-level probabilities of token models: Phan et al. 2024 (arXiv 2410.09303), Vieira et al. 2024
     (arXiv 2412.03719).
 
-    Args: offset (O,): which of the offsets 0..num_offsets-1 each outcome belongs to. Temperatures must be 1.
+    Args: offset (O,): which of the offsets 0..num_offsets-1 each outcome belongs to; -1 - m for one of offset m that
+        cannot be told apart and is part of "anything else". Temperatures must be 1.
     Returns: Loss with values (M,) in nats.
     """
     if student.temperature != 1.0 or teacher.temperature != 1.0:
         raise ValueError("prefix_loss multiplies conditional laws, which is only a law of text at temperature 1")
-    num_outcomes = offset.numel()
+    num_outcomes, counted = offset.numel(), offset >= 0
+    offset = torch.where(counted, offset, -1 - offset)
 
     def text_law(side: Side, q: Queries) -> tuple[Tensor, dict[str, Tensor]]:
         """Probabilities (O,) of the outcomes: sums of path times range, over the total of the outcome's offset."""
@@ -696,7 +682,7 @@ def prefix_loss(
         teacher_law, _ = text_law(teacher, teacher_queries)
 
     # what one vocabulary cannot write at all is part of "anything else" for both
-    shared = ((student_law != 0) & (teacher_law != 0)).nonzero()[:, 0]  # NaN stays
+    shared = (counted & (student_law != 0) & (teacher_law != 0)).nonzero()[:, 0]  # NaN stays
     logq, logp, offset = student_law[shared].log(), teacher_law[shared].log(), offset[shared]
 
     def anything_else(law):

@@ -60,10 +60,8 @@ import gold_loss
 @dataclass(frozen=True)
 class Config:
     # ---- models
-    student_model: str | None = None  # directory or Hub id; none: the embedded job
-    teacher_model: str | None = None  # directory or Hub id; none: fine-tuning on answers (lmbda 0, ce_weight 1)
-    student_revision: str | None = None  # Hub revision of the student
-    teacher_revision: str | None = None  # Hub revision of the teacher
+    student_model: str | None = None  # directory, Hub id or ID@REVISION; none: the embedded job
+    teacher_model: str | None = None  # likewise; none: fine-tuning on answers (lmbda 0, ce_weight 1)
     teacher_device: str | None = None  # like cuda:7, shared by the ranks of a node; none: a copy beside each student
     teacher_url: str | None = None  # vLLM server that scores, like http://host:8000; none: the teacher is loaded here
     teacher_key: str | None = None  # environment variable that holds the key of teacher_url; none: it has no key
@@ -94,7 +92,6 @@ class Config:
     temperature: float = 1.0  # of the student's samples; 0: greedy
     top_p: float = 1.0  # nucleus of the samples; 1: off
     top_k: int = 0  # likeliest tokens of the samples; 0: off
-    min_p: float = 0.0  # least probability relative to the likeliest token; 0: off
     sampler: Literal["auto", "hf", "vllm"] = "auto"  # who generates; auto: vLLM if installed and there is a GPU
     sampler_device: str | None = None  # device of the hf sampler's copy with lag > 0; none: the student's
     lag: Literal[0, 1, 2] = 0  # sample with weights this many steps old, while training goes on; 0: newest weights
@@ -119,7 +116,6 @@ class Config:
     eval_steps: int = 0  # optimizer steps between evaluations; 0: only before and after training
     eval_gpu: str = "auto"  # index of a GPU that no rank uses, same (rank 0's), or cpu; auto: a free one, else same
     eval_max_samples: int = 256  # rows per task
-    eval_engine: Literal["hf", "vllm"] = "hf"  # who generates in the child
     eval_policy: Literal["drop_oldest", "wait"] = "drop_oldest"  # when an evaluation is still waiting
     eval_timeout: float = 3600.0  # seconds after which one evaluation is killed
     save_best: str | None = None  # keep the best weights by this metric, like countdown/accuracy; none: off
@@ -250,7 +246,7 @@ IN_RANGE = {  # least, most: names
     (0, 1e18): "temperature top_k ce_weight learning_rate weight_decay eval_steps early_stop save_steps "
     "save_minutes seed",
     (1e-9, 1e18): "num_train_epochs loss_temperature max_grad_norm vllm_memory vllm_deadline eval_timeout",
-    (0, 1): "lmbda beta eval_ratio warmup_ratio min_p",
+    (0, 1): "lmbda beta eval_ratio warmup_ratio",
     (1e-9, 1): "top_p",
 }
 
@@ -798,10 +794,10 @@ def say_example(cfg: Config, rows: gold_data.Rows, encoder: gold_buffer.Encoder,
         cut = sum(not encoder.completion(text)[1] for text in few)
         say(f"answers cut at max_completion_length {encoder.max_completion_length}: {cut} of the first {len(few)}")
     if pairing is not None and pairing.loss == "jsd":
-        models = (cfg.student_model, cfg.student_revision), (cfg.teacher_model, cfg.teacher_revision)
+        frozen = os.path.realpath(cfg.student_model) == os.path.realpath(cfg.teacher_model)
         if prompts[0] != prompts[1] and encoder.template is None:
             say("note: one vocabulary, but two chat templates; each model is prompted by its own")
-        if prompts[0] == prompts[1] and len({(os.path.realpath(name), revision) for name, revision in models}) == 1:
+        if prompts[0] == prompts[1] and frozen:
             say("warning: the teacher is the student and reads the same: loss 0. It needs a --teacher-prompt-template")
     elif pairing is not None:
         if student.bytes == teacher.bytes[: student.size]:
@@ -853,7 +849,7 @@ def in_turn(ranks: Ranks, load: Callable):
 
 def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
     """(causal LM with fp32 weights, its head, what DDP wraps it into)"""
-    source = (str(checkpoint), None) if checkpoint else (cfg.student_model, cfg.student_revision)
+    source = (str(checkpoint), None) if checkpoint else gold_data.hub_name(cfg.student_model)
     student = in_turn(ranks, functools.partial(gold_buffer.load_model, *source, torch.float32, ranks.device)).train()
     backbone, head = gold_buffer.split_head(student)
     if cfg.gradient_checkpointing:
@@ -876,7 +872,7 @@ def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, sa
         say(f"teacher: {teacher.url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
         return teacher, None
     where, dtype = cfg.teacher_device or str(ranks.device), compute_dtype(cfg, ranks.device)
-    load = functools.partial(gold_buffer.load_model, cfg.teacher_model, cfg.teacher_revision, dtype, where)
+    load = functools.partial(gold_buffer.load_model, *gold_data.hub_name(cfg.teacher_model), dtype, where)
     if cfg.teacher_device is not None and ranks.local_world_size > 1:
         teacher = gold_buffer.SharedTeacher(load, ranks.local_rank, ranks.local_world_size)
     else:
@@ -896,10 +892,11 @@ def open_sampler(cfg: Config, student, device: torch.device, say):
         if cfg.lag > 0:  # windows are sampled while the original is trained
             student = copy.deepcopy(student).to(cfg.sampler_device or device, dtype).eval().requires_grad_(False)
         return gold_buffer.HFSampler(student, own=cfg.lag > 0, dtype=dtype)
+    name, revision = gold_data.hub_name(cfg.student_model)
     with torch.cuda.stream(gold_buffer.engine_stream()):
         sampler = gold_buffer.VLLMSampler(
-            cfg.student_model, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size,
-            cfg.student_revision, deadline=cfg.vllm_deadline, sleep=cfg.lag == 0,
+            name, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size, revision,
+            deadline=cfg.vllm_deadline, sleep=cfg.lag == 0,
         )  # fmt: skip
     sampler.sleep()  # the first windows may have nothing for it to do
     return sampler
@@ -917,10 +914,10 @@ def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
 
 
 SAME_RUN = (
-    "student_model teacher_model student_revision teacher_revision student_template_options "
-    "teacher_template_options teacher_prompt_template dataset subset split eval_ratio rows_hash max_length "
-    "max_completion_length num_generations lmbda seq_kd temperature top_p top_k min_p lag loss beta jsd_scale "
-    "loss_temperature ce_weight weight_decay seed window steps"
+    "student_model teacher_model student_template_options teacher_template_options teacher_prompt_template "
+    "dataset subset split eval_ratio rows_hash max_length max_completion_length "
+    "num_generations lmbda seq_kd temperature top_p top_k lag loss beta jsd_scale loss_temperature "
+    "ce_weight weight_decay seed window steps"
 ).split()  # the other flags may change with a resume, which says so
 
 
@@ -971,18 +968,18 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     if checkpoint:
         day = torch.load(checkpoint / "trainer.pt", weights_only=True, mmap=True)["run"]["day"]
     options = template_options(cfg.student_template_options)
-    vocabulary = gold_data.load_vocabulary(cfg.student_model, cfg.student_revision, options, day)
+    vocabulary = gold_data.load_vocabulary(*gold_data.hub_name(cfg.student_model), options, day)
     teacher_vocabulary = pairing = None
     if cfg.teacher_model:
         options = template_options(cfg.teacher_template_options)
-        teacher_vocabulary = gold_data.load_vocabulary(cfg.teacher_model, cfg.teacher_revision, options, day)
+        teacher_vocabulary = gold_data.load_vocabulary(*gold_data.hub_name(cfg.teacher_model), options, day)
         pairing = pair(cfg, vocabulary, teacher_vocabulary, device)
-    gold_buffer.check_positions(cfg.student_model, cfg.student_revision, cfg.max_length)
-    positions = [cfg.max_length]
+    gold_buffer.check_positions(*gold_data.hub_name(cfg.student_model), cfg.max_length)
+    positions = [cfg.max_length]  # that prompt and completion may have
     if pairing:
         same = pairing.loss == "jsd" and not cfg.teacher_url  # other tokenizers need more or fewer tokens
-        least = cfg.max_length if same else 0
-        positions.append(gold_buffer.check_positions(cfg.teacher_model, cfg.teacher_revision, least))
+        name = gold_data.hub_name(cfg.teacher_model)
+        positions.append(gold_buffer.check_positions(*name, cfg.max_length if same else 0))
     rows, held = in_turn(ranks, functools.partial(load_data, cfg, vocabulary, teacher_vocabulary, positions, say))
     cross, loss = pairing is not None and pairing.loss != "jsd", pairing.loss if pairing else "cross entropy only"
     encoder = gold_buffer.Encoder(
@@ -1005,7 +1002,7 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     sampler, sampling = (
         open_sampler(cfg, student, device, say),
         gold_buffer.Sampling(
-            cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, cfg.min_p, tuple(vocabulary.ends)
+            cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, end_ids=tuple(vocabulary.ends)
         ),
     )
     held, tokenizer = heldout_samples(cfg, held, encoder, ranks), copy.deepcopy(vocabulary.tokenizer)
@@ -1277,17 +1274,21 @@ class Records:
             discard(left)
         if not cfg.eval_tasks:
             return
+        device = eval_device(cfg, ranks)  # vLLM where it has a GPU of its own
+        free = device.startswith("cuda") and int(device[5:]) >= ranks.local_world_size
+        engine = "vllm" if free and gold_buffer.choose_sampler(cfg.sampler)[0] == "vllm" else "hf"
         self.evaluator = gold_eval.Evaluator(
-            cfg.eval_tasks, self.out, eval_device(cfg, ranks), policy=cfg.eval_policy, timeout=cfg.eval_timeout,
-            max_samples=cfg.eval_max_samples, max_new_tokens=cfg.max_completion_length, engine=cfg.eval_engine,
+            cfg.eval_tasks, self.out, device, policy=cfg.eval_policy, timeout=cfg.eval_timeout,
+            max_samples=cfg.eval_max_samples, max_new_tokens=cfg.max_completion_length, engine=engine,
             seed=cfg.seed,
         )  # fmt: skip
         evaluated = {r["step"] for r in known}
         if None not in evaluated and cfg.teacher_model and not cfg.teacher_url:
-            self.evaluator.submit(None, cfg.teacher_model, model="teacher", revision=cfg.teacher_revision)
+            name, revision = gold_data.hub_name(cfg.teacher_model)
+            self.evaluator.submit(None, name, model="teacher", revision=revision)
         if 0 not in evaluated:
             if step > 0:
-                student = gold_buffer.load_model(cfg.student_model, cfg.student_revision, torch.float32, "cpu")
+                student = gold_buffer.load_model(*gold_data.hub_name(cfg.student_model), torch.float32, "cpu")
             self.evaluate(0, student=student)
         if step > 0 and step not in evaluated and (step == max_steps or every(cfg.eval_steps, step)):
             self.evaluate(step, final=step == max_steps)

@@ -30,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("tests
 import bins_loss  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from known_optimum import LetterVocabulary  # noqa: E402
+from conftest import LongestMatch  # noqa: E402
 
 import gold_data  # noqa: E402
 import gold_loss  # noqa: E402
@@ -48,7 +48,7 @@ def text() -> bytes:
 
 
 @functools.cache
-def vocabulary(size: int, longest: int) -> LetterVocabulary:
+def vocabulary(size: int, longest: int) -> LongestMatch:
     """All bytes and the most frequent pieces of words; an unused filler up to `size` with the end."""
     count = collections.Counter()
     for word, n in collections.Counter(re.findall(rb" ?\w+|\W+", text())).items():
@@ -57,10 +57,10 @@ def vocabulary(size: int, longest: int) -> LetterVocabulary:
                 count[word[i:j]] += n * (j - i)
     strings = [bytes([b]) for b in range(256)] + [s for s, _ in count.most_common(size - 257)]
     strings += [b"\xff%d" % i for i in range(size - 1 - len(strings))]
-    return LetterVocabulary(strings)
+    return LongestMatch([*strings, None])
 
 
-def tokenize(v: LetterVocabulary, data: bytes, most: int) -> tuple[list[int], np.ndarray]:
+def tokenize(v: LongestMatch, data: bytes, most: int) -> tuple[list[int], np.ndarray]:
     """(ids, end offsets) of at most `most` tokens by longest match."""
     index = {s: i for i, s in enumerate(v.bytes) if s}
     ids, ends, at = [], [], 0

@@ -16,10 +16,13 @@ import tempfile
 
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="gold-tests-"))
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import gold_data
 
 PROSE = "\n".join(pydoc_data.topics.topics[k] for k in sorted(pydoc_data.topics.topics))[:120_000]
 ARITHMETIC = "\n".join(f"{a} + {b} = {a + b}; {a} * {b} = {a * b}" for a in range(1, 40) for b in range(1, 40, 3))
@@ -161,3 +164,31 @@ def two_models(tmp_path):
         tokenizer.save_pretrained(tmp_path / name)
         out.append(str(tmp_path / name))
     return tuple(out)
+
+
+class LongestMatch(gold_data.Vocabulary):
+    """A vocabulary given by its byte strings, None for what writes none; it always takes the longest token."""
+
+    def __init__(self, strings: list[bytes | None], ends: tuple[int, ...] | None = None):
+        self.bytes, self.size, self.lossy = list(strings), len(strings), False
+        self.ends = (len(strings) - 1,) if ends is None else ends
+        self.lengths = np.array([len(b or b"") for b in strings])
+        self.index = {b: i for i, b in reversed(list(enumerate(strings))) if b}
+
+    def encode(self, text: bytes) -> tuple[list[int], np.ndarray]:
+        """As far as it goes."""
+        ids, at, ends = [], 0, []
+        while piece := next((text[at:n] for n in range(len(text), at, -1) if text[at:n] in self.index), None):
+            ids.append(self.index[piece])
+            ends.append(at := at + len(piece))
+        return ids, np.array(ends, dtype=np.int64)
+
+    def closed(self, text: bytes, ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inside a token t, d bytes in, F is known if d = 1 or t[:d] is a token, and byte b is told if t[:d] + b is."""
+        n, at = len(text), {0, len(text), *np.cumsum(self.lengths[ids]).tolist()}
+        known, tells = np.ones(n + 1, dtype=bool), np.ones((n + 1, 256), dtype=bool)
+        for k in set(range(n)) - at:
+            start = max(b for b in at if b < k)
+            known[k] = k - start == 1 or text[start:k] in self.index
+            tells[k] = [text[start:k] + bytes([b]) in self.index for b in range(256)]
+        return known, tells, np.zeros(n + 1, dtype=np.int64)

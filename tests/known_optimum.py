@@ -1,15 +1,20 @@
 """A text source whose exact law every loss can be judged by.
 
 Letters follow a Markov chain. The student is a table over single letters; the teacher is the *exact* law of the same
-text, written in letters and merged strings with the longest match first. A loss is unbiased if a student that starts
-at the truth stays there, and one that starts anywhere reaches it.
+text, written in letters and merged strings with the longest match first (SETTINGS), or in the tokens of a real
+tokenizer: byte pairs merged by rank, or Unigram (REAL). There the law is found by brute force: every text the source
+can write is encoded, and the probability of the next token is the share of the texts whose tokens go on so. A loss is
+unbiased if a student that starts at the truth stays there, and one that starts anywhere reaches it.
 
 python tests/known_optimum.py        trains with every loss, prints a table and draws assets/known_optimum.png
 """
 
 import itertools
+import math
 import random
 import sys
+from collections import defaultdict
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -18,6 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "forks"))
 import bins_loss
 import numpy as np
 import torch
+from conftest import LongestMatch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import gold_data
 import gold_loss
@@ -118,12 +126,101 @@ class Teacher:
         return laws
 
 
-class LetterVocabulary(gold_data.Vocabulary):
-    """A vocabulary given by its byte strings; the last id ends the text."""
+def byte_pairs(merges: bytes, pattern: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with these merges by rank: "ab|abc" is a + b, then ab + c. `pattern` cuts words."""
+    letters = {b: c for c, b in gold_data.GPT2_BYTES.items()}
+    vocab, pairs = {letters[b]: b for b in range(256)}, []
+    for word in merges.split(b"|"):
+        word = "".join(letters[b] for b in word)
+        cut = next(n for n in range(len(word) - 1, 0, -1) if word[:n] in vocab and word[n:] in vocab)
+        pairs.append((word[:cut], word[cut:]))
+        vocab[word] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, pairs))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cut = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence([*cut, level]), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
-    def __init__(self, strings: list[bytes]):
-        self.bytes, self.size, self.ends, self.lossy = [*strings, None], len(strings) + 1, (len(strings),), False
-        self.lengths = np.array([len(b or b"") for b in self.bytes])
+
+def unigram(pieces: dict[str, float]) -> PreTrainedTokenizerFast:
+    """Pieces with their scores; what they cannot write is written in bytes."""
+    entries = [("<unk>", 0.0), *((f"<0x{b:02X}>", -99.0) for b in range(256)), *pieces.items()]
+    tokenizer = Tokenizer(models.Unigram(entries, unk_id=0, byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
+
+
+def real_vocabulary(tokenizer: PreTrainedTokenizerFast) -> gold_data.Vocabulary:
+    return gold_data.Vocabulary(tokenizer, (tokenizer.eos_token_id,), len(tokenizer))
+
+
+class EveryText:
+    """All texts of a source that stops after `longest` letters, or before with probability `end` behind each letter."""
+
+    def __init__(self, letters: str, order: int, longest: int, end: float, seed: int = 3):
+        self.letters, self.order, self.longest, self.end = letters, order, longest, end
+        size = len(letters)
+        generator = torch.Generator().manual_seed(seed)
+        table = torch.softmax(1.5 * torch.randn(size**order, size, generator=generator).double(), -1)
+        stop = torch.full((size**order, 1), end, dtype=torch.float64)
+        self.law = torch.cat([table * (1 - end), stop], 1)  # (states, letters and the end)
+        self.law = torch.cat([self.law, torch.eye(size + 1, dtype=torch.float64)[-1:]])  # the last state: only the end
+        self.texts: list[tuple[tuple[int, ...], float]] = []
+        todo = [((), 1.0)]
+        while todo:
+            text, p = todo.pop()
+            law = self.law[self.state(text)].tolist()
+            if law[-1] > 0:
+                self.texts.append((text, p * law[-1]))
+            todo += [((*text, c), p * q) for c, q in enumerate(law[:-1]) if q > 0]
+
+    def state(self, text: tuple[int, ...]) -> int:
+        if len(text) == self.longest:
+            return len(self.law) - 1
+        state = 0
+        for c in (0,) * self.order + text:
+            state = (state * len(self.letters) + c) % len(self.letters) ** self.order
+        return state
+
+    def bytes(self, text: tuple[int, ...]) -> bytes:
+        return "".join(self.letters[c] for c in text).encode()
+
+
+class AnyText(EveryText):
+    """All texts of up to `longest` letters, each as likely as chance has it."""
+
+    def __init__(self, letters: str, longest: int, seed: int = 0):
+        rng, self.letters, self.law = random.Random(seed), letters, torch.ones(1, 1)
+        texts = [t for n in range(longest + 1) for t in itertools.product(range(len(letters)), repeat=n)]
+        self.texts = [(text, rng.expovariate(1)) for text in texts]
+
+    def state(self, text: tuple[int, ...]) -> int:
+        return 0
+
+
+class Tokens:
+    """The exact law of the tokens of all texts: shares of the texts that go on so."""
+
+    def __init__(self, vocabulary: gold_data.Vocabulary, source: EveryText):
+        self.vocabulary, self.ids, self.mass = vocabulary, {}, defaultdict(float)
+        self.after = defaultdict(lambda: defaultdict(float))
+        for text, p in source.texts:
+            data = source.bytes(text)
+            ids, ends = vocabulary.encode(data)
+            assert (ends[-1] if data else 0) == len(data)
+            self.ids[text] = [*ids, vocabulary.ends[0]]
+            for i, token in enumerate(self.ids[text]):
+                self.after[tuple(ids[:i])][token] += p
+
+    def rows(self, ids: list[int]) -> list[list[float]]:
+        """Laws along a path."""
+        out = []
+        for i in range(len(ids)):
+            law = [0.0] * self.vocabulary.size
+            for token, p in self.after[tuple(ids[:i])].items():
+                law[token] = p
+            out.append([p / sum(law) for p in law])
+        return out
 
 
 LOSSES = ("ce", "uld", "hybrid", "bins", "alm", "bins+alm", "prefix")
@@ -135,8 +232,8 @@ class Problem:
         self.source, tokens = source, Teacher(source, merges)
         word = lambda w: "".join(LETTERS[c] for c in w).encode()
         both = (
-            LetterVocabulary([word((c,)) for c in range(len(LETTERS))]),
-            LetterVocabulary([word(t) for t in tokens.tokens]),
+            LongestMatch([*(word((c,)) for c in range(len(LETTERS))), None]),
+            LongestMatch([*(word(t) for t in tokens.tokens), None]),
         )
         samples, contexts, laws = [], [], []
         for _ in range(texts):
@@ -164,6 +261,55 @@ class Problem:
             for v, q in zip(both, (self.batch.student_queries, self.batch.teacher_queries))
         ]
 
+    @classmethod
+    def of(cls, source: EveryText, student, teacher, texts: int, cut: float = 0.3) -> "Problem":
+        """`student` and `teacher` are tokenizers, None for single letters; this share of the texts is cut."""
+        self, rng = cls.__new__(cls), random.Random(1)
+        single = LongestMatch([*(c.encode() for c in source.letters), None])
+        both = [single if t is None else real_vocabulary(t) for t in (student, teacher)]
+        sides, self.source = [Tokens(v, source) for v in both], source
+        samples, contexts, laws = [], [], ([], [])
+        for text, _ in rng.choices(source.texts, [p for _, p in source.texts], k=texts):
+            ids, data = [side.ids[text] for side in sides], source.bytes(text)
+            ended = rng.random() > cut
+            if not ended:  # where both have a boundary, as gold_data.align cuts
+                at = [set(accumulate(v.lengths[i[:-1]].tolist())) for v, i in zip(both, ids)]
+                data = data[: rng.choice(sorted(at[0] & at[1] & {*range(1, len(data) + 1)}) or [0])]
+                ids = [i[: np.searchsorted(v.lengths[i].cumsum(), len(data)) + 1] for v, i in zip(both, ids)]
+                if not data:
+                    continue
+            queries = gold_data.prefix_queries(*both, *ids, data, ended)
+            none = np.zeros(0, dtype=np.int64)
+            alignment = gold_data.Alignment(
+                ids[1], len(ids[0]), len(ids[1]), none, none, 0, len(data), len(data), queries
+            )
+            samples.append(gold_data.Sample([0], ids[0], ended, True, [0], alignment=alignment))
+            contexts += [source.state(text[:i]) for i in range(len(ids[0]))]
+            for law, side, path in zip(laws, sides, ids):
+                law += side.rows(path)
+        self.batch, self.contexts = gold_data.collate(samples), contexts
+        self.student_hidden = torch.eye(len(source.law), dtype=torch.float64)[contexts]
+        tables = [torch.tensor(law, dtype=torch.float64).clamp_min(1e-30).log() for law in laws]
+        self.rows, table = tables
+        head = gold_loss.Head(table.T.contiguous())
+        self.teacher = gold_loss.Side(torch.eye(len(table), dtype=torch.float64), head, self.batch.teacher_targets)
+        self.queries = [
+            gold_loss.Queries(order=torch.tensor(v.order), edge=torch.tensor(v.edge), **q)
+            for v, q in zip(both, (self.batch.student_queries, self.batch.teacher_queries))
+        ]
+        return self
+
+    def at_the_truth(self, beta: float) -> tuple[float, float]:
+        """(loss per token, largest gradient) of a student that is the exact law of its own tokens."""
+        rows = self.rows.clone().requires_grad_()
+        student = gold_loss.Side(
+            rows, gold_loss.Head(torch.eye(rows.size(1), dtype=torch.float64)), self.batch.student_targets
+        )
+        m = len(self.batch.offset_sample)
+        loss = gold_loss.prefix_loss(student, self.teacher, *self.queries, self.batch.offset, m, beta=beta).total
+        loss.backward()
+        return loss.item() / len(rows), float(rows.grad.abs().max())
+
     def loss(self, name: str, weight: torch.Tensor, beta: float) -> torch.Tensor:
         """Loss per letter over all texts; weight (letters + 1, states) is the student."""
         batch = self.batch
@@ -187,19 +333,24 @@ class Problem:
 
     def train(self, name: str, start: str, beta: float = 0.5, steps: int = 300, lr: float = 0.05) -> float:
         """KL(truth || student) after training from "truth" or "random"."""
-        states, size = self.source.num_states, len(LETTERS)
-        table = self.source.law.log()
+        table = torch.cat([self.source.law, torch.zeros(len(self.source.law), 1)], 1)[:, : len(LETTERS) + 1]
+        table = self.source.law if isinstance(self.source, EveryText) else table
+        possible, table = table > 0, table.clamp_min(math.exp(-30)).log()  # or texts never end
         if start == "random":
-            table = torch.randn(states, size, generator=torch.Generator().manual_seed(0)).double()
-        end = torch.full((states, 1), -30.0, dtype=torch.float64)  # texts never end here
-        weight = torch.cat([table, end], 1).T.contiguous().requires_grad_()
+            random_table = torch.randn(table.shape, generator=torch.Generator().manual_seed(0)).double()
+            table = torch.where(possible, random_table, table)
+        weight = table.T.contiguous().requires_grad_()
         optimizer = torch.optim.Adam([weight], lr=lr)
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             optimizer.zero_grad()
             self.loss(name, weight, beta).backward()
             optimizer.step()
-        return self.source.kl(weight.detach().T[:, :size])
+        if isinstance(self.source, Source):
+            return self.source.kl(weight.detach().T[:, : len(LETTERS)])
+        law = self.source.law
+        gap = torch.where(law > 0, law * (law.clamp_min(1e-99).log() - weight.detach().T.log_softmax(-1)), 0.0).sum(1)
+        return float(gap[self.contexts].mean())
 
 
 # setting: (order of the source, vocabulary of the teacher)
@@ -210,6 +361,44 @@ SETTINGS = {
     "lengths 3-4, prefixes missing": (1, "lengths 3-4, prefixes missing"),
     "8 pairs, order-2 source": (2, "8 pairs"),
 }
+
+
+MERGES = b"ab|cd|de|bc|abcd|fa|ef|cde"
+SPLIT = b"a\xc3|\xe6\x98|\x8ea|\xc3\xa9|\xc3\xa9a|\xa9\xc3"  # of a, e with an accent (C3 A9) and U+660E (E6 98 8E)
+PIECES = dict(a=-2, b=-2.5, c=-2.2, cab=-5, ab=-3.5, bc=-3.1, ca=-4, abc=-5.2, ba=-4.4) | {
+    "\u00e9": -3,
+    "\u00e9a": -4.1,
+}
+# a real tokenizer: (letters, order of the source, longest text, probability of an end, tokenizer, another)
+REAL = {
+    "BPE of 8 merges": ("abcdef", 1, 5, 0.0, lambda: byte_pairs(MERGES), lambda: byte_pairs(b"bc|cd|ab|bcd")),
+    "BPE of 8 merges, order 2": ("abcdef", 2, 5, 0.0, lambda: byte_pairs(MERGES), lambda: byte_pairs(b"bc|cd|ab|bcd")),
+    "BPE, overlapping merges": ("abcd", 1, 6, 0.0, lambda: byte_pairs(b"bc|ab|cd"), lambda: byte_pairs(b"cd|bc|ab")),
+    "BPE, with ends": (
+        "abc",
+        1,
+        8,
+        0.1,
+        lambda: byte_pairs(b"ab|bc|ca|abc|aa|cab|bb|bca"),
+        lambda: byte_pairs(b"bc|ab"),
+    ),
+    "BPE, split letters": (
+        "a\u00e9\u00e8\u660e",
+        1,
+        6,
+        0.1,
+        lambda: byte_pairs(SPLIT),
+        lambda: byte_pairs(b"\xc3\xa8|\xa9a"),
+    ),
+    "Unigram": ("abc\u00e9\u00e8", 1, 5, 0.1, lambda: unigram(PIECES), lambda: unigram(PIECES | {"bca": -3.0})),
+}
+
+
+def make_real(setting: str, sides: str = "teacher", texts: int = 192) -> Problem:
+    """`sides`: who has the tokenizer, "teacher", "student" or "both"; the other has single letters, or another one."""
+    *source, tokenizer, another = REAL[setting]
+    teacher = {"teacher": tokenizer, "both": another}.get(sides, lambda: None)
+    return Problem.of(EveryText(*source), tokenizer() if sides != "teacher" else None, teacher(), texts)
 
 
 def make(setting: str, texts: int = 192) -> Problem:

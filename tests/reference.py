@@ -92,11 +92,15 @@ def uld(student_laws, student_ids, student_span, teacher_laws, teacher_ids, teac
 
 
 def prefix(student, teacher, text: bytes, ended: bool, beta: float):
-    """[value of each used offset] of one completion; student and teacher are (bytes of each id, end ids, ids, laws)."""
+    """[value of each used offset] of one completion.
+
+    student, teacher: (bytes of each id, end ids, ids, laws, what `Vocabulary.closed` says of the text).
+    """
     n = len(text)
 
     class Model:
-        def __init__(self, token_bytes, ends, ids, laws):
+        def __init__(self, token_bytes, ends, ids, laws, closed):
+            self.known, self.tells, self.broken = closed
             self.token_bytes, self.ends, self.laws = token_bytes, ends, laws
             self.at, self.path = [0], [1.0]  # boundaries and the probability of the path up to them
             for row, i in enumerate(ids):
@@ -104,7 +108,6 @@ def prefix(student, teacher, text: bytes, ended: bool, beta: float):
                 self.path.append(self.path[-1] * laws[row][i])
             self.rows = len(ids)
             self.boundaries = set(self.at)
-            self.vocabulary = {b for b in token_bytes if b}
 
         def starts_with(self, row, piece, strictly=False):
             return sum(
@@ -138,33 +141,22 @@ def prefix(student, teacher, text: bytes, ended: bool, beta: float):
                     inside += self.path[j] * some
             return inside
 
-        def since(self, k):
-            return max(b for b in self.at if b <= k)
-
-        def knows(self, k):
-            if k in self.boundaries or k == n:
-                return True
-            start = max(b for b in self.at if b < k)
-            return k - start == 1 or text[start:k] in self.vocabulary
-
-        def tells(self, k, byte):
-            return k in self.boundaries or text[self.since(k) : k] + bytes([byte]) in self.vocabulary
-
     models = [Model(*student), Model(*teacher)]
-    known = [k for k in range(n + 1) if all(m.knows(k) for m in models)]
+    known = [k for k in range(n + 1) if all(m.known[k] for m in models)]
     values = []
     for i, k in enumerate(known):
         if k == n and not ended:
             break
         full = all(k in m.boundaries for m in models)
-        after = known[i + 1] if i + 1 < len(known) else None
+        told = [b for b in range(256) if all(m.tells[k, b] for m in models)]
+        after = known[i + 1] if i + 1 < len(known) else n + 1 if ended else None
+        leap = k < n and text[k] not in told and after is not None
+        leap = leap and all(m.broken[k] == m.broken[min(after, n)] for m in models)
         laws = []
         for m in models:
-            law = [m.F(text[:k] + bytes([b])) for b in range(256) if all(x.tells(k, b) for x in models)]
-            if full:
-                law.append(m.end(k))
-            elif after is not None and after - k > 1:
-                law.append(m.F(text[:after]))
+            law = [m.F(text[:k] + bytes([b])) for b in told] + ([m.end(k)] if full else [])
+            if leap:
+                law.append(m.F(text[:after]) if after <= n else m.end(n))
             laws.append([x / m.total(k) for x in law])
         both = [i for i in range(len(laws[0])) if laws[0][i] > 0 and laws[1][i] > 0]
         laws = [[law[i] for i in both] + [max(1 - sum(law[i] for i in both), 1e-12)] for law in laws]

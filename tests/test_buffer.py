@@ -450,3 +450,24 @@ def test_choose_sampler_says_why(monkeypatch):
     assert gold_buffer.choose_sampler("auto") == ("hf", "vLLM is not installed")
     monkeypatch.setattr(gold_buffer.importlib.util, "find_spec", lambda name: object())
     assert gold_buffer.choose_sampler("auto")[0] == "vllm"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# one token from a law
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 5000])
+def test_a_token_is_where_the_running_sum_of_its_law_exceeds_the_uniform_number(size):
+    """Found block by block, and never a token without probability, however close to 1 the number is."""
+    generator = torch.Generator().manual_seed(size)
+    z, how = 5 * torch.randn(64, size, generator=generator), gold_buffer.Sampling(1)
+    z[:, size // 2 + 1 :] = float("-inf")
+    p = torch.softmax(z, -1)
+    running = p.double().cumsum(-1)
+    for _ in range(20):
+        u = torch.rand(64, generator=generator, dtype=torch.float64)
+        expected = (running <= u[:, None] * running[:, -1:]).sum(-1)
+        assert torch.equal(gold_buffer._draw(z, u, how), expected)
+    for u in (0.0, 1 - 2**-53):
+        token = gold_buffer._draw(z, torch.full((64,), u, dtype=torch.float64), how)
+        assert (p.gather(1, token[:, None]) > 0).all()

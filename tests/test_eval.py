@@ -108,18 +108,20 @@ def test_greedy_answers_of_an_evaluation_and_of_a_training_window_are_the_same_t
     gold_eval.evaluate(model, tokenizer, ["countdown-mini"], tmp_path, max_samples=9, max_new_tokens=12)
     answers = [json.loads(line) for line in (tmp_path / "countdown-mini.jsonl").read_text().splitlines()]
     vocabulary = gold_data.Vocabulary(tokenizer, gold_data.end_ids(tokenizer), len(tokenizer))
+    rows = gold_eval.load_task_rows("countdown-mini", 9)
     buffer = gold_buffer.WindowBuffer(
         gold_buffer.Schedule(0, 1.0, 9, 1),
-        gold_buffer.RowStream(gold_eval.load_task_rows("countdown-mini", 9), 0, shuffle=False),
+        gold_buffer.RowStream(rows, 0),
         gold_buffer.Encoder(vocabulary, None, 12, False, False), gold_buffer.HFSampler(model),
         gold_buffer.Sampling(12, 0.0, end_ids=vocabulary.ends), model.state_dict, 1,
     )  # fmt: skip
     window = buffer.get(0)
     buffer.close()
-    assert [tokenizer.decode(s.prompt_ids) for s in window.samples] == [answer["prompt"] for answer in answers]
-    texts = [tokenizer.decode(s.completion_ids, skip_special_tokens=True) for s in window.samples]
-    assert texts == [answer["completion"] for answer in answers]
-    assert [len(s.completion_ids) for s in window.samples] == [answer["tokens"] for answer in answers]
+    assert len(window.samples) == len(answers) == 9
+    for sample in window.samples:
+        (answer,) = (a for a in answers if a["prompt"] == tokenizer.decode(sample.prompt_ids))
+        assert tokenizer.decode(sample.completion_ids, skip_special_tokens=True) == answer["completion"]
+        assert len(sample.completion_ids) == answer["tokens"]
 
 
 def test_samples_are_repeated_by_the_seed_and_leave_the_caller_as_it_was(guess, tmp_path):

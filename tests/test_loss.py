@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 import vocab_parallel
-from conftest import byte_level, metaspace
+from conftest import LongestMatch, byte_level, metaspace
 from torch.autograd import gradcheck
 from trl_uld import trl_uld
 
@@ -403,14 +403,6 @@ STUDENT = [b"a", b"b", b"c", b"ab", b"bc", b"ca", b"x", b"abca", None]
 TEACHER = [b"c", b"abc", b"ab", b"a", b"b", b"abd", b"x", b"abcab", b"ca", b"cax", None]
 
 
-class Fake(gold_data.Vocabulary):
-    def __init__(self, strings):
-        import numpy as np
-
-        self.bytes, self.size, self.ends, self.lossy = list(strings), len(strings), (len(strings) - 1,), False
-        self.lengths = np.array([len(b or b"") for b in strings])
-
-
 def completion(student_text, teacher_text, ended, student=STUDENT, teacher=TEACHER):
     import numpy as np
 
@@ -422,7 +414,7 @@ def completion(student_text, teacher_text, ended, student=STUDENT, teacher=TEACH
         s, t = s + [len(student) - 1], t + [len(teacher) - 1]
         ends = [np.append(e, len(text) + 1) for e in ends]
     span_s, span_t, n = gold_data.spans(*ends)
-    prefix = gold_data.prefix_queries(Fake(student), Fake(teacher), s, t, text, ended)
+    prefix = gold_data.prefix_queries(LongestMatch(student), LongestMatch(teacher), s, t, text, ended)
     alignment = gold_data.Alignment(t, len(s), len(t), span_s, span_t, n, len(text), len(text), prefix)
     return gold_data.Sample([0], s, ended, True, [0], alignment=alignment), (s, t, text, ended)
 
@@ -445,13 +437,13 @@ def problem(texts=TEXTS, student=STUDENT, teacher=TEACHER, seed=0):
 
 def queries_of(batch, student=STUDENT, teacher=TEACHER):
     return [
-        gold_loss.Queries(order=torch.tensor(Fake(v).order), edge=torch.tensor(Fake(v).edge), **q)
+        gold_loss.Queries(order=torch.tensor(LongestMatch(v).order), edge=torch.tensor(LongestMatch(v).edge), **q)
         for v, q in ((student, batch.student_queries), (teacher, batch.teacher_queries))
     ]
 
 
 def bins_of(student=STUDENT, teacher=TEACHER):
-    s, t, n = gold_data.shared_bins(Fake(student), Fake(teacher))
+    s, t, n = gold_data.shared_bins(LongestMatch(student), LongestMatch(teacher))
     return torch.tensor(s), torch.tensor(t), n
 
 
@@ -466,7 +458,7 @@ def run(name, batch, s, t, beta=0.5, chunk=None, student=STUDENT, teacher=TEACHE
         return bins_loss.bins_loss(a, b, *bins_of(student, teacher), beta, chunk=chunk)
     if name == "alm":
         return gold_loss.alm_loss(a, gold_loss.token_logprobs(b)[0].detach(), b.span, chunk)
-    match = tuple(map(torch.tensor, gold_data.shared_ids(Fake(student), Fake(teacher))))
+    match = tuple(map(torch.tensor, gold_data.shared_ids(LongestMatch(student), LongestMatch(teacher))))
     return gold_loss.uld_loss(a, b, match if name == "hybrid" else None, beta=beta, chunk=chunk)
 
 
@@ -479,8 +471,8 @@ def expected_values(name, batch, parts, s, t, beta):
         for ids_s, ids_t, text, ended in parts:
             rows_s, rows_t = s[row_s : row_s + len(ids_s)], t[row_t : row_t + len(ids_t)]
             out += reference.prefix(
-                (STUDENT, [len(STUDENT) - 1], ids_s, laws(rows_s)),
-                (TEACHER, [len(TEACHER) - 1], ids_t, laws(rows_t)),
+                (STUDENT, [len(STUDENT) - 1], ids_s, laws(rows_s), LongestMatch(STUDENT).closed(text, ids_s)),
+                (TEACHER, [len(TEACHER) - 1], ids_t, laws(rows_t), LongestMatch(TEACHER).closed(text, ids_t)),
                 text,
                 ended,
                 beta,
@@ -496,7 +488,11 @@ def expected_values(name, batch, parts, s, t, beta):
         return reference.bins(*args, sbin.tolist(), tbin.tolist(), n, beta)
     if name == "alm":
         return reference.alm(*args)
-    match = [x.tolist() for x in gold_data.shared_ids(Fake(STUDENT), Fake(TEACHER))] if name == "hybrid" else None
+    match = (
+        [x.tolist() for x in gold_data.shared_ids(LongestMatch(STUDENT), LongestMatch(TEACHER))]
+        if name == "hybrid"
+        else None
+    )
     return reference.uld(*args, match, None, beta)
 
 
@@ -652,7 +648,7 @@ def test_tokens_outside_every_span_have_no_gradient(name):
         torch.cat([batch.student_span, torch.tensor([-1])]),
     )
     teacher = as_side(t, batch.teacher_targets, batch.teacher_span)
-    match = tuple(map(torch.tensor, gold_data.shared_ids(Fake(STUDENT), Fake(TEACHER))))
+    match = tuple(map(torch.tensor, gold_data.shared_ids(LongestMatch(STUDENT), LongestMatch(TEACHER))))
     loss = {
         "bins": lambda: bins_loss.bins_loss(extra, teacher, *bins_of(), 0.5),
         "alm": lambda: gold_loss.alm_loss(extra, gold_loss.token_logprobs(teacher)[0], teacher.span),
@@ -694,9 +690,10 @@ def test_prefix_reads_real_tokenizers_like_its_reference():
         len(batch.offset_sample),
         0.5,
     )
+    completion = ids + [student.ends[0]]
     expected = reference.prefix(
-        (student.bytes, student.ends, ids + [student.ends[0]], laws(s)),
-        (teacher.bytes, teacher.ends, a.teacher_ids, laws(t)),
+        (student.bytes, student.ends, completion, laws(s), student.closed(text, completion)),
+        (teacher.bytes, teacher.ends, a.teacher_ids, laws(t), teacher.closed(text, a.teacher_ids)),
         text,
         True,
         0.5,
