@@ -528,11 +528,12 @@ class Encoder:
     max_completion_length: int
     cross_tokenizer: bool
     prefix: bool
+    template: str | None = None  # of the teacher's prompts: see gold_data.privileged
 
     def prompts(self, row: Row) -> tuple[list[int], list[int], str | None]:
         """(student's prompt ids, teacher's, the answer that the row has for them)"""
         tokenizers = [v.tokenizer for v in (self.student, self.teacher) if v is not None]
-        texts, answer = gold_data.prompts(tokenizers, row)
+        texts, answer = gold_data.prompts(tokenizers, row, self.template)
         student, *teacher = (gold_data.encode_texts(t, [text])[0] for t, text in zip(tokenizers, texts))
         return student, teacher[0] if teacher else [], answer
 
@@ -701,12 +702,13 @@ def positions(config) -> float:
     return max(getattr(config, "max_position_embeddings", None) or math.inf, stretched)
 
 
-def check_positions(name: str, revision: str | None, length: int) -> None:
-    """Raises ValueError if the model, of which no weights are read, cannot read `length` tokens."""
+def check_positions(name: str, revision: str | None, length: int) -> float:
+    """How many tokens a model can read, of which no weights are. Raises ValueError if `length` is more."""
     from transformers import AutoConfig
 
     if length > (most := positions(AutoConfig.from_pretrained(name, revision=revision))):
         raise ValueError(f"max_length {length} is more than the {most:.0f} positions of {name}: lower --max-length")
+    return most
 
 
 def load_model(name: str, revision: str | None, dtype: torch.dtype, device: str):
@@ -983,7 +985,7 @@ class ServedTeacher:
         body = {"model": self.model, "prompt": ids, "add_special_tokens": False, "return_token_ids": True} | settings
         if (length := len(ids) + settings["max_tokens"]) > self.max_length:
             what = f"{length} teacher tokens are more than the {self.max_length} that {self.url} takes"
-            raise ValueError(f"{what}: restart it with a larger --max-model-len, or lower --max-length")
+            raise ValueError(f"{what}: restart it with a larger --max-model-len, or let it read less")
         choice = self._ask("/v1/completions", "choices", body)[0]
         if (read := choice.get("prompt_token_ids")) != ids:
             raise ValueError(f"{self.url} read other tokens than it was sent: {read} for {ids}")

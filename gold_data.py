@@ -52,6 +52,7 @@ class Row:
     answer: Any = None
     meta: dict = field(default_factory=dict)
     thoughts: Message = field(default_factory=dict)  # reasoning_content beside the completion: see `prompts`
+    columns: dict = field(default_factory=dict)  # as they are in the data set: see `privileged`
 
     @property
     def key(self) -> int:
@@ -159,7 +160,7 @@ def to_row(raw: dict) -> Row:
     completion = None if completion is None else _text(completion, "completion")
     _need(completion is None or completion.strip(), "empty completion")
     meta = {k: v for k, v in raw.items() if k not in TEXTS and not isinstance(v, (list, dict)) or k == "nums"}
-    return Row(tuple(prompt), completion, answer, meta, thoughts)
+    return Row(tuple(prompt), completion, answer, meta, thoughts, raw)
 
 
 FILES = {".jsonl": "text", ".json": "text", ".parquet": "parquet", ".csv": "csv"}
@@ -285,7 +286,10 @@ def iter_rows(dataset: str, subset: str | None = None, split: str = "train") -> 
 
 
 INDEX = np.dtype([("position", "i8"), ("key", "i8"), ("digest", "i8"), ("answered", "?")])
-TOO_LONG = "prompt longer than max_length - max_completion_length (raise --max-length or lower --max-completion-length)"
+TOO_LONG = (  # for the student, for the teacher
+    "prompt longer than max_length - max_completion_length (raise --max-length or lower --max-completion-length)",
+    "prompt of the teacher that leaves no room for max_completion_length in its context (what it reads is too long)",
+)
 Dropped = dict[str, tuple[int, str]]  # reason -> (how many rows, where the first one stands and how it begins)
 
 
@@ -323,7 +327,9 @@ def in_words(dropped: Dropped) -> str:
     return "; ".join(f"{n} {why} ({first})" for why, (n, first) in dropped.items()) or "none"
 
 
-def _examine(batch: dict, numbers: list[int], source: str, positions: np.ndarray, tokenizers, room: int | None) -> dict:
+def _examine(
+    batch: dict, numbers: list[int], source: str, positions: np.ndarray, tokenizers, rooms, template: str | None
+) -> dict:
     """Columns of a batch: why a row cannot be used (None: it can, "": there is none), and what INDEX holds of it."""
     found, texts = [], {}
     for i, values in enumerate(zip(*batch.values())):
@@ -332,35 +338,44 @@ def _examine(batch: dict, numbers: list[int], source: str, positions: np.ndarray
         try:
             if raw is not None:
                 row = to_row(raw)
-                texts[i] = next(iter(prompts(tokenizers, row)[0]), "")
-                digest = _hash([row.prompt, row.completion, row.thoughts])
+                texts[i], _ = prompts(tokenizers, row, template)
+                told = [] if template is None else [privileged(row, template)]
+                digest = _hash([row.prompt, row.completion, row.thoughts, *told])
                 found[i] = [None, row.key, digest, row.completion is not None]
         except Unusable as e:
             found[i][0] = str(e)
-    if room is not None:
-        for i, long in zip(texts, too_long(tokenizers[0], list(texts.values()), room)):
-            found[i][0] = TOO_LONG if long else None
+    for why, tokenizer, room, column in zip(TOO_LONG, tokenizers, rooms, zip(*texts.values())):
+        for i, long in zip(texts, too_long(tokenizer, column, room)):
+            found[i][0] = found[i][0] or (why if long else None)
     return dict(zip(("why", *INDEX.names[1:]), map(list, zip(*found))))
 
 
 def load_rows(
-    dataset: str, subset: str | None = None, split: str = "train", tokenizers: Sequence = (), room: int | None = None
-) -> tuple[Rows, Dropped]:
+    dataset: str, subset: str | None = None, split: str = "train", tokenizers: Sequence = (),
+    rooms: Sequence[float] = (), template: str | None = None,
+) -> tuple[Rows, Dropped]:  # fmt: skip
     """The usable rows of a data set, and why the others are not. Looked at once: `datasets` caches what was found.
 
     Args:
         tokenizers: of the student and, if there is one, the teacher: rows that a chat template refuses are dropped.
-        room: most tokens of a student's prompt.
-    Raises ValueError if nothing is left, or for a line that is no JSON.
+        rooms: most tokens of a prompt of each.
+        template: of the teacher's prompts: see `privileged`.
+    Raises ValueError if nothing is left, for a line that is no JSON, or a template that asks for an unknown column.
     """
     import datasets
 
     data, positions = open_dataset(dataset, subset, split)
     rows, dropped = Rows(data, np.zeros(len(positions), INDEX)), {}
     rows.index["position"] = positions
+    if template is not None:
+        first = (_parse(data[i], i, dataset)[1] for i in positions[:FIRST_ROWS].tolist())
+        columns = {"prompt", "completion", "answer"}.union(*filter(None, first))
+        if unknown := {m[1] for m in FIELD.finditer(template)} - {None} - columns:
+            asked, known = (", ".join(f"{{{name}}}" for name in sorted(names)) for names in (unknown, columns))
+            raise ValueError(f"teacher_prompt_template asks for {asked}, but rows of {dataset} have {known}")
     if len(rows):
         part, code = data.select(positions), Path(__file__).read_text()
-        name = datasets.fingerprint.Hasher.hash([part._fingerprint, positions, code, tokenizers, room])
+        name = datasets.fingerprint.Hasher.hash([part._fingerprint, positions, code, tokenizers, rooms, template])
         cache, value = Path(datasets.config.HF_DATASETS_CACHE) / "gold", datasets.Value
         cache.mkdir(parents=True, exist_ok=True)
         types = {"why": value("string"), "key": value("int64"), "digest": value("int64"), "answered": value("bool")}
@@ -368,8 +383,10 @@ def load_rows(
         found = part.map(
             _examine, batched=True, with_indices=True, remove_columns=part.column_names, new_fingerprint=name,
             features=datasets.Features(types), cache_file_name=str(cache / f"{name}.arrow"),
-            num_proc=workers if workers > 1 else None,
-            fn_kwargs={"source": dataset, "positions": positions, "tokenizers": tuple(tokenizers), "room": room},
+            num_proc=workers if workers > 1 else None, fn_kwargs={
+                "source": dataset, "positions": positions, "tokenizers": tuple(tokenizers), "rooms": rooms,
+                "template": template,
+            },
         ).data  # fmt: skip
         for name in INDEX.names[1:]:
             rows.index[name] = found[name].to_numpy()
@@ -547,6 +564,41 @@ def render_prompt(tokenizer, messages: Iterable[Message], begin: bool = True) ->
         return tokenizer.apply_chat_template([folded] + messages[2:], **settings)
 
 
+FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")  # of a template of the teacher's prompts, or a brace of its text
+FIRST_ROWS = 1000  # a column that none of them has is unknown
+
+
+def read_template(text: str | None) -> str | None:
+    """A template of the teacher's prompts, which is given as it is or in a file. Raises ValueError for neither."""
+    if text is None:
+        return None
+    if os.path.isfile(text):
+        text = Path(text).read_text("utf-8").removesuffix("\n")
+    if not re.search(r"[\s{]", text.strip()):
+        raise ValueError(f"teacher_prompt_template {text!r} is neither a file nor a text with a {{field}}")
+    if single := re.search("[{}]", FIELD.sub("", text)):
+        raise ValueError(f"teacher_prompt_template has a single {single[0]}: braces of its text are doubled, {{{{ }}}}")
+    return text
+
+
+def privileged(row: Row, template: str | None) -> tuple[Message, ...]:
+    """The messages that the teacher reads: the last one of the user is the template with its fields filled in.
+
+    Fields are {prompt}, the text that is replaced, {completion} and {answer} as `to_row` finds them, and every column;
+    what is no text is written as JSON. Raises Unusable for a row that lacks one.
+    """
+    if template is None:
+        return row.prompt
+    last = max(i for i, m in enumerate(row.prompt) if m["role"] == "user")
+    has = row.columns | {"completion": row.completion, "answer": row.answer, "prompt": row.prompt[last]["content"]}
+    names = {m[1] for m in FIELD.finditer(template)} - {None}
+    if lacks := sorted(name for name in names if has.get(name) in (None, "", [])):
+        raise Unusable(f"without {' and '.join(lacks)}, which teacher_prompt_template asks for")
+    tell = lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
+    text = FIELD.sub(lambda m: m[0][0] if m[1] is None else _text(tell(has[m[1]]), m[1]), template)
+    return *row.prompt[:last], row.prompt[last] | {"content": text}, *row.prompt[last + 1 :]
+
+
 MARK = "5c1e"  # stands for an answer's text in a template
 OPENED = re.compile(r"<(\w+)>\s*(</\1>\s*)?$")  # at the end of a prompt: the answer goes on inside, or after the pair
 
@@ -557,19 +609,19 @@ def _opened(tokenizer, prompt: str) -> str:
     return found[0] if found and tokenizer.chat_template and f"<{found[1]}>" in tokenizer.get_chat_template() else ""
 
 
-def prompts(tokenizers: Sequence, row: Row) -> tuple[list[str], str | None]:
+def prompts(tokenizers: Sequence, row: Row, template: str | None = None) -> tuple[list[str], str | None]:
     """(what each model, the student first, reads before the answer; the answer), by their own chat templates.
 
-    One answer follows all of the prompts: what the student's template opens for it (<think>), the others open too, and
-    the answer does not open it again. Its thoughts stand in front of it as the student's template writes them.
-    Raises Unusable if a template refuses the row.
+    The teacher reads what `privileged` says. One answer follows all of the prompts: what the student's template opens
+    for it (<think>), the others open too, and the answer does not open it again. Its thoughts stand in front of it as
+    the student's template writes them. Raises Unusable if a template refuses the row, or asks for what it lacks.
     """
     import jinja2
 
-    texts, answer = [], row.completion
-    for name, tokenizer in zip(("student", "teacher"), tokenizers):
+    texts, answer, asked = [], row.completion, (row.prompt, privileged(row, template))
+    for name, tokenizer, messages in zip(("student", "teacher"), tokenizers, asked):
         try:
-            texts.append(render_prompt(tokenizer, row.prompt))
+            texts.append(render_prompt(tokenizer, messages))
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
             raise Unusable(f"refused by the {name}'s chat template: {e}") from e
     tail, *others = [_opened(*both) for both in zip(tokenizers, texts)] or [""]

@@ -68,6 +68,7 @@ class Config:
     teacher_top_k: int = 32  # tokens per position that a served teacher tells
     student_template_options: str | None = None  # JSON for its chat template, like '{"enable_thinking": false}'
     teacher_template_options: str | None = None  # JSON for the teacher's chat template
+    teacher_prompt_template: str | None = None  # text or file, with {prompt} and columns: what only the teacher reads
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of forward passes; auto: bf16 on GPU. Weights are always fp32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the student's layers
@@ -257,6 +258,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name} must be in [{least}, {most}]: got {value}")
     template_options(cfg.student_template_options), template_options(cfg.teacher_template_options)
+    gold_data.read_template(cfg.teacher_prompt_template)
     c, batch, slots = cfg, cfg.per_device_train_batch_size, slots_per_window(cfg)
     made, used, group = slots * c.num_generations, batch * c.gradient_accumulation_steps, c.vllm_tensor_parallel_size
     engine = gold_buffer.choose_sampler(c.sampler)[0] if c.lmbda > 0 else ""
@@ -277,6 +279,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
         f"{c.max_length}": c.max_completion_length < c.max_length,
         "--teacher-url also needs --teacher-model: the tokenizer is read from it": c.teacher_model or not c.teacher_url,
         "without --teacher-model there are only answers to learn: --lmbda 0 --ce-weight 1": answers,
+        "--teacher-prompt-template needs a --teacher-model": c.teacher_model or c.teacher_prompt_template is None,
         "a served teacher tells laws at temperature 1: --loss-temperature 1": not c.teacher_url
         or c.loss_temperature == 1,
         f"cross_tokenizer_loss must be one of {', '.join(losses)}: got {c.cross_tokenizer_loss}": c.cross_tokenizer_loss
@@ -749,15 +752,15 @@ def template_options(text: str | None) -> dict | None:
 
 
 def load_data(
-    cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary | None, say
+    cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary | None, positions: list[float], say
 ) -> tuple[gold_data.Rows, gold_data.Rows]:
-    """(rows to train on, held-out rows); says what was dropped, and why.
+    """(rows to train on, held-out rows); says what was dropped, and why. positions: what each model can read.
 
     Raises ValueError if nothing usable is left or answers are missing that lmbda < 1 needs.
     """
     tokenizers = [v.tokenizer for v in (student, teacher) if v is not None]
-    room = cfg.max_length - cfg.max_completion_length
-    rows, dropped = gold_data.load_rows(cfg.dataset, cfg.subset, cfg.split, tokenizers, room)
+    rooms, template = [most - cfg.max_completion_length for most in positions], cfg.teacher_prompt_template
+    rows, dropped = gold_data.load_rows(cfg.dataset, cfg.subset, cfg.split, tokenizers, rooms, template)
     total = len(rows) + sum(n for n, _ in dropped.values())
     rows, held = gold_data.hold_out(rows, cfg.eval_ratio, cfg.seed, dropped)
     held = held[held.index["answered"]]
@@ -778,7 +781,7 @@ def load_data(
     return rows, held
 
 
-def say_example(rows: gold_data.Rows, encoder: gold_buffer.Encoder, pairing, say) -> None:
+def say_example(cfg: Config, rows: gold_data.Rows, encoder: gold_buffer.Encoder, pairing, say) -> None:
     """One row as both models will see it, and how well the two vocabularies meet."""
     student, teacher = encoder.student, encoder.teacher
     *prompts, answer = encoder.prompts(rows[0])
@@ -791,8 +794,11 @@ def say_example(rows: gold_data.Rows, encoder: gold_buffer.Encoder, pairing, say
         cut = sum(not encoder.completion(text)[1] for text in few)
         say(f"answers cut at max_completion_length {encoder.max_completion_length}: {cut} of the first {len(few)}")
     if pairing is not None and pairing.loss == "jsd":
-        if prompts[0] != prompts[1]:
+        frozen = os.path.realpath(cfg.student_model) == os.path.realpath(cfg.teacher_model)
+        if prompts[0] != prompts[1] and encoder.template is None:
             say("note: one vocabulary, but two chat templates; each model is prompted by its own")
+        if prompts[0] == prompts[1] and frozen:
+            say("warning: the teacher is the student and reads the same: loss 0. It needs a --teacher-prompt-template")
     elif pairing is not None:
         if student.bytes == teacher.bytes[: student.size]:
             say("note: same vocabulary, but different end tokens: compared as different tokenizers, ends by role")
@@ -908,8 +914,8 @@ def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
 
 
 SAME_RUN = (
-    "student_model teacher_model student_template_options "
-    "teacher_template_options dataset subset split eval_ratio rows_hash max_length max_completion_length "
+    "student_model teacher_model student_template_options teacher_template_options teacher_prompt_template "
+    "dataset subset split eval_ratio rows_hash max_length max_completion_length "
     "num_generations lmbda seq_kd temperature top_p top_k lag loss beta jsd_scale loss_temperature "
     "ce_weight weight_decay seed window steps"
 ).split()  # the other flags may change with a resume, which says so
@@ -969,13 +975,18 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         teacher_vocabulary = gold_data.load_vocabulary(*gold_data.hub_name(cfg.teacher_model), options, day)
         pairing = pair(cfg, vocabulary, teacher_vocabulary, device)
     gold_buffer.check_positions(*gold_data.hub_name(cfg.student_model), cfg.max_length)
-    if pairing and pairing.loss == "jsd" and not cfg.teacher_url:  # other tokenizers need more or fewer tokens
-        gold_buffer.check_positions(*gold_data.hub_name(cfg.teacher_model), cfg.max_length)
-    rows, held = in_turn(ranks, functools.partial(load_data, cfg, vocabulary, teacher_vocabulary, say))
+    positions = [cfg.max_length]  # that prompt and completion may have
+    if pairing:
+        same = pairing.loss == "jsd" and not cfg.teacher_url  # other tokenizers need more or fewer tokens
+        name = gold_data.hub_name(cfg.teacher_model)
+        positions.append(gold_buffer.check_positions(*name, cfg.max_length if same else 0))
+    rows, held = in_turn(ranks, functools.partial(load_data, cfg, vocabulary, teacher_vocabulary, positions, say))
     cross, loss = pairing is not None and pairing.loss != "jsd", pairing.loss if pairing else "cross entropy only"
-    encoder = gold_buffer.Encoder(vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, loss == "prefix")
+    encoder = gold_buffer.Encoder(
+        vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, loss == "prefix", cfg.teacher_prompt_template
+    )
     if master:
-        say_example(rows, encoder, pairing, say)
+        say_example(cfg, rows, encoder, pairing, say)
     slots = slots_per_window(cfg)
     schedule = gold_buffer.Schedule(cfg.seed, cfg.lmbda, slots, cfg.num_generations, ranks.rank, ranks.world_size)
     max_steps = cfg.max_steps or schedule.steps_for(math.ceil(cfg.num_train_epochs * len(rows)))
@@ -1024,6 +1035,8 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
     with ExitStack() as stack:
         with one_clear_line():
             check(cfg, ranks)
+            text = gold_data.read_template(cfg.teacher_prompt_template)  # recorded, whatever becomes of a file
+            cfg = replace(cfg, teacher_prompt_template=text)
             stack.enter_context(run_folder(cfg, ranks))
             run = setup(cfg, ranks, say)
         seen, parts, records = stack.enter_context(signals()), run.parts, run.records
@@ -1480,7 +1493,9 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
         cfg,
         replace(cfg, per_device_train_batch_size=max(1, cfg.per_device_train_batch_size // ranks.world_size)),
     )
-    alone = replace(cfg, lmbda=0.0, ce_weight=1.0, seq_kd=False, lag=0, sampler_device=None)
+    alone = replace(
+        cfg, lmbda=0.0, ce_weight=1.0, seq_kd=False, lag=0, sampler_device=None, teacher_prompt_template=None
+    )
     school = replace(alone, eval_tasks=(), eval_steps=0, save_best=None, early_stop=0)
     teacher, student = (str(out / name / "checkpoints" / "latest") for name in ("teacher", "student"))
     stages = {

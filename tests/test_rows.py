@@ -385,10 +385,10 @@ def test_several_processes_find_what_one_finds(tmp_path, monkeypatch):
     odd = [row for row, _ in ODD.values()]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in (numbered(500) + odd) * 42))
-    one, why = gold_data.load_rows(str(path), tokenizers=[conftest.byte_level()], room=200)
+    one, why = gold_data.load_rows(str(path), tokenizers=[conftest.byte_level()], rooms=[200])
     monkeypatch.setattr(gold_data.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(gold_data, "Path", lambda p: Path(p) if p != gold_data.__file__ else Path(__file__))  # no cache
-    other, same = gold_data.load_rows(str(path), tokenizers=[conftest.byte_level()], room=200)
+    other, same = gold_data.load_rows(str(path), tokenizers=[conftest.byte_level()], rooms=[200])
     assert (one.index == other.index).all() and why == same and len(one) > 20_000
 
 
