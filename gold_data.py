@@ -643,9 +643,11 @@ def prompts(tokenizers: Sequence, row: Row, template: str | None = None) -> tupl
 
 
 @functools.cache
-def _longest(tokenizer) -> int:
-    """Bytes of the longest entry of the vocabulary, at most."""
-    return max(len(piece.encode()) for piece in tokenizer.get_vocab())
+def _longest(tokenizer) -> float:
+    """Bytes that one token writes at most: without end where anything unknown becomes one (WordPiece), as cuneiform."""
+    unknown = tokenizer("\U00012000", add_special_tokens=False)["input_ids"]
+    longest = max(len(piece.encode()) for piece in tokenizer.get_vocab())
+    return math.inf if tokenizer.unk_token_id in unknown else longest
 
 
 def too_long(tokenizer, texts: list[str], room: int) -> list[bool]:
