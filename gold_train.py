@@ -439,6 +439,7 @@ def pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabula
     name, put = cfg.cross_tokenizer_loss, lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
     if gold_data.same_vocabulary(student, teacher):
         return Pairing("jsd", jsd_pair(cfg, student, teacher, put))
+    gold_data.share_markers(student, teacher)
     if name == "none":
         raise ValueError(
             f"student and teacher have different tokenizers ({len(student.tokens)} and {len(teacher.tokens)} entries): "
