@@ -643,9 +643,11 @@ def prompts(tokenizers: Sequence, row: Row, template: str | None = None) -> tupl
 
 
 @functools.cache
-def _longest(tokenizer) -> int:
-    """Bytes of the longest entry of the vocabulary, at most."""
-    return max(len(piece.encode()) for piece in tokenizer.get_vocab())
+def _longest(tokenizer) -> float:
+    """Bytes that one token writes at most: without end where anything unknown becomes one (WordPiece), as cuneiform."""
+    unknown = tokenizer("\U00012000", add_special_tokens=False)["input_ids"]
+    longest = max(len(piece.encode()) for piece in tokenizer.get_vocab())
+    return math.inf if tokenizer.unk_token_id in unknown else longest
 
 
 def too_long(tokenizer, texts: list[str], room: int) -> list[bool]:
@@ -941,16 +943,19 @@ class Vocabulary:
         path[boundary] = ids
         tells = np.repeat(path[:, None] >= 0, 256, axis=1)
         tells[n] = True
-        same, inner = path[starts[:-1]] == canonical, starts[1:-1]
+        inner = starts[1:-1]
         fresh = (words[1:] != words[:-1]) | (words[1:] < 0) | ~self.joins[data[inner - 1], data[inner]]
+        first = [*([0] if canonical else []), *(np.flatnonzero(fresh) + 1).tolist(), len(canonical)]
+        other = np.append(0, ((path[starts[:-1]] != canonical) | (words < 0)).cumsum())[first]
         known, broken = np.ones(n + 1, dtype=bool), np.zeros(n + 1, dtype=np.int64)
-        for i, j in pairwise([*([0] if canonical else []), *np.flatnonzero(fresh) + 1, len(canonical)]):
-            if words[i] < 0 or not same[i:j].all():
-                known[starts[i] + 1 : starts[j] + 1], broken[starts[j]] = False, 1
+        for (i, j), differs, start in zip(pairwise(first), np.diff(other).tolist(), starts[first].tolist()):
+            if differs:
+                known[start + 1 : starts[j] + 1], broken[starts[j]] = False, 1
                 continue
             still_open, at, byte = self.word(tuple(canonical[i:j]))
-            known[starts[i] + still_open] = False
-            tells[starts[i] + at, byte] = False
+            known[start + still_open] = False
+            if len(at):
+                tells[start + at, byte] = False
         if starts[-1] < n:
             known[starts[-1] + 1 :], broken[n] = False, 1
         # what the pre-tokenizer does at the end of a prefix; what is inside a letter may end as any other letter
@@ -1502,88 +1507,31 @@ def _collate_queries(batch: Batch, parts: list[tuple]) -> None:
 # the report: how well two tokenizers align on a text
 
 
-def missed_mass(vocabulary: Vocabulary, text: str) -> float:
-    """Share of probability that the covering sums of `prefix_queries` miss, averaged over the used offsets of `text`.
+def coverage(student: Vocabulary, teacher: Vocabulary, texts: list[str], prefix: bool) -> dict[str, float]:
+    """How two tokenizers meet on some texts: shares, and the most tokens in one span.
 
-    No model is asked: the law is that words follow each other as often as they occur in `text`, where a word is what
-    stands between two spaces that tokens begin with. F(k) inside a word is then the share of the words that begin with
-    the same k bytes, and missed are those that, up to k, have a token boundary that the path has not. A word that
-    the text has once has no alternative, so the figure grows with the text and is optimistic.
+    prefix: also the share of offsets (bytes, and the end of each text) that the prefix loss uses.
     """
-    data = text.encode()
-    ends = [0, *vocabulary.encode(data)[1].tolist()]
-    cuts = sorted({0, ends[-1]} | {m.start() for m in re.finditer(rb"(?<=\S)\s", data)} & set(ends))
-    words: Counter[tuple[bytes, tuple[int, ...]]] = Counter()  # (bytes, boundaries from 0 to the last)
-    for start, stop in pairwise(cuts):
-        inside = ends[bisect_left(ends, start) : bisect_right(ends, stop)]
-        words[data[start:stop], tuple(end - start for end in inside)] += 1
-    begin: dict[bytes, Counter] = defaultdict(Counter)  # first bytes of a word -> boundaries in them -> how often
-    for (word, path), often in words.items():
-        for k in range(1, len(word) + 1):
-            begin[word[:k]][path[: bisect_right(path, k)]] += often
-    missed = total = 0.0
-    for (word, path), often in words.items():
-        for k in range(1, len(word) + 1):
-            at = bisect_left(path, k)
-            if path[at] != k and k - path[at - 1] > 1 and word[path[at - 1] : k] not in vocabulary.tokens:
-                continue  # F(k) is not used
-            alike, other = begin[word[:k]], 0
-            for theirs, count in alike.items():
-                if theirs[-1] == k and path[at] != k:
-                    theirs = theirs[:-1]  # the covering token may end at k, unless the path goes on from there
-                other += count * (theirs != path[: len(theirs)])
-            missed += often * other / sum(alike.values())
-            total += often
-    return missed / max(total, 1)
-
-
-REPORT = {
-    "coverage": "share of the text's bytes inside spans",
-    "one_to_one": "share of spans with one token on each side",
-    "largest_span": "most tokens in one span",
-    "shared_entries": "byte strings in both vocabularies: a bin each",
-    "bins_used": "bins of the text's tokens",
-    "tokens_per_byte": "tokens per byte",
-    "tokens_shared": "share of its tokens that both vocabularies have",
-    "unmatched": "share of its tokens outside all bins",
-    "missed_mass": "probability that the prefix loss does not see",
-}
-
-
-def coverage(student: Vocabulary, teacher: Vocabulary, texts: list[str]) -> dict[str, float]:
-    """How two tokenizers meet on some texts: the keys of REPORT, from "tokens_per_byte" on after the model's role."""
-    *maps, num_bins = shared_bins(student, teacher)
-    shared, nothing, total, used, largest = student.tokens & teacher.tokens, num_bins - 1, Counter(), set(), 0
+    total, largest = Counter(), 0
     for text in texts:
-        student_ids, _ = student.encode(text.encode())
-        a = align(student, teacher, student_ids, finished=False, prefix=False)
+        ids, _ = student.encode(text.encode())
+        a = align(student, teacher, ids + [student.ends[0]], finished=True, prefix=prefix)
         widths = np.stack([np.bincount(span, minlength=a.num_spans) for span in (a.student_span, a.teacher_span)])
         largest = max(largest, int(widths.max(initial=0)))
         total += Counter(spans=a.num_spans, one_to_one=int((widths == 1).all(0).sum()))
-        total += Counter(bytes=len(text.encode()), covered=a.scored_bytes)
-        sides = ("student", student, student_ids[: a.student_scored]), ("teacher", teacher, a.teacher_ids)
-        for (role, v, ids), bins in zip(sides, maps):
-            total[role] += len(ids)
-            total[role, "shared"] += sum(v.bytes[i] in shared for i in ids)
-            total[role, "unmatched"] += int((bins[ids] == nothing).sum())
-            used |= set(bins[ids].tolist()) - {nothing}
-    share = lambda part, whole: total[part] / max(total[whole], 1)
-    report = {"coverage": share("covered", "bytes"), "one_to_one": share("one_to_one", "spans")}
-    report |= {"largest_span": largest, "shared_entries": len(shared), "bins_used": len(used)}
-    for role, v in (("student", student), ("teacher", teacher)):
-        report[f"{role}_tokens_per_byte"] = share(role, "bytes")
-        report[f"{role}_tokens_shared"] = share((role, "shared"), role)
-        report[f"{role}_unmatched"] = share((role, "unmatched"), role)
-        report[f"{role}_missed_mass"] = missed_mass(v, "\n".join(texts))
-    return report
+        total += Counter(bytes=len(text.encode()), covered=a.scored_bytes, offsets=a.prefix[3] if prefix else 0)
+    report = {"coverage": total["covered"] / max(total["bytes"], 1), "largest_span": largest}
+    report["one_to_one"] = total["one_to_one"] / max(total["spans"], 1)
+    return report | ({"offsets": total["offsets"] / (total["bytes"] + len(texts))} if prefix else {})
 
 
-def print_coverage(report: dict[str, float], student_name: str, teacher_name: str) -> None:
-    print(f"alignment of {student_name} (student) and {teacher_name} (teacher)")
-    for key, meaning in REPORT.items():
-        values = [report[k] for k in (key, f"student_{key}", f"teacher_{key}") if k in report]
-        shown = [f"{x:,}" if isinstance(x, int) else f"{x:.4f}" for x in values]
-        print(f"  {meaning:<52} {' (student), '.join(shown)}{' (teacher)' if len(shown) == 2 else ''}")
+def say_coverage(report: dict[str, float], student_name: str, teacher_name: str) -> str:
+    """The coverage report in one line."""
+    used = f", prefix uses {report['offsets']:.1%} of the offsets" if "offsets" in report else ""
+    return (
+        f"alignment of {student_name} (student) and {teacher_name} (teacher): {report['coverage']:.2%} of the bytes in "
+        f"spans, {report['one_to_one']:.1%} of them one to one, at most {report['largest_span']} tokens in one{used}"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1620,7 +1568,8 @@ def main(config: Config) -> None:
     else:
         texts = [Path(config.text).read_text()]
         student, teacher = load_vocabulary(config.student), load_vocabulary(config.teacher)
-        print_coverage(coverage(student, teacher, texts), config.student, config.teacher)
+        report = coverage(student, teacher, texts, prefix=not (student.lossy or teacher.lossy))
+        print(say_coverage(report, config.student, config.teacher))
 
 
 if __name__ == "__main__":

@@ -806,7 +806,7 @@ def say_example(cfg: Config, rows: gold_data.Rows, encoder: gold_buffer.Encoder,
         if student.bytes == teacher.bytes[: student.size]:
             say("note: same vocabulary, but different end tokens: compared as different tokenizers, ends by role")
         names = (v.tokenizer.name_or_path for v in (student, teacher))
-        gold_data.print_coverage(gold_data.coverage(student, teacher, few), *names)
+        say(gold_data.say_coverage(gold_data.coverage(student, teacher, few, pairing.loss == "prefix"), *names))
 
 
 def heldout_samples(cfg: Config, held: gold_data.Rows, encoder, ranks: Ranks) -> list[gold_data.Sample]:

@@ -149,7 +149,8 @@ def build(name: str, teacher: str | None = None, **changes):
     autocast = torch.autocast("cuda", BF16) if CUDA else contextlib.nullcontext()
     known, other, pairing = None, None, None
     if teacher:
-        known, pairing = gold_buffer.LocalTeacher(make(teacher, DTYPE)), gold_train.Pairing("jsd")
+        known = gold_buffer.LocalTeacher(make(teacher, DTYPE))
+        pairing = gold_train.Pairing("jsd", gold_train.jsd_pair(cfg, None, None, None))
         other = gold_loss.Head(**known.head)
     return cfg, student, gold_train.Parts(model, gold_loss.Head(**head), autocast, pairing, known, other)
 

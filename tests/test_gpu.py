@@ -28,7 +28,7 @@ def test_the_gpu_benchmark_runs_at_toy_size_and_has_nothing_to_look_at():
     assert done.returncode == 0 and "LOOK" not in done.stdout, done.stdout + done.stderr[-3000:]
     for part in bench_gpu.PARTS:
         assert f"| {part} | all of it, seconds |" in done.stdout
-    assert done.stdout.count("| ok |") > 20
+    assert done.stdout.count("| ok |") == 18, "those that hold on any machine"
 
 
 def test_a_line_outside_its_range_is_to_be_looked_at(monkeypatch, capsys):
