@@ -25,10 +25,10 @@ import gold_eval
 import gold_train
 
 TEMPLATE = "{prompt} Hint: {hint}"
-SCHOOL_STEPS, STEPS, QUESTIONS = 400, 200, 512
+SCHOOL_STEPS, STEPS, QUESTIONS = 400, 300, 512
 SCHOOL = gold_train.Config(
     max_length=128, max_completion_length=64, per_device_train_batch_size=64, gradient_accumulation_steps=1,
-    max_steps=SCHOOL_STEPS, lmbda=0.0, ce_weight=1.0, learning_rate=3e-3, weight_decay=0.01, beta=0.0, save_steps=100,
+    lmbda=0.0, ce_weight=1.0, learning_rate=3e-3, weight_decay=0.01, beta=0.0, save_steps=100,
     save_total_limit=1, output_dir="out/self_distill",
 )  # fmt: skip
 
@@ -70,9 +70,11 @@ def main() -> dict[str, float]:
     student = str(out / "school" / "checkpoints" / "latest")
     alone = replace(cfg, student_model=student, dataset=practice, max_steps=STEPS)
     stages = {
-        "school": replace(cfg, student_model=str(out / "init"), dataset=school),
+        "school": replace(cfg, student_model=str(out / "init"), dataset=school, max_steps=SCHOOL_STEPS),
         "answers": alone,
-        "self": replace(alone, teacher_model=student, teacher_prompt_template=TEMPLATE, lmbda=1.0, ce_weight=0.0),
+        "self": replace(
+            alone, teacher_model=student, teacher_prompt_template=TEMPLATE, lmbda=1.0, ce_weight=0.0, temperature=0.5
+        ),
     }
     for name, stage in stages.items():
         gold_train.train(replace(stage, output_dir=str(out / name)), ranks, last=name == "self")

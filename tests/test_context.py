@@ -286,7 +286,7 @@ def test_a_bad_template_is_one_line_before_any_weights_are_read(name, models, da
 def test_a_kill_and_a_resume_change_nothing_even_if_the_file_of_the_template_is_gone(
     models, data, tmp_path, monkeypatch
 ):
-    cfg = config(models, data, tmp_path / "whole", max_steps=30, save_steps=2, teacher_prompt_template=HINT)
+    cfg = config(models, data, tmp_path / "whole", max_steps=20, save_steps=2, teacher_prompt_template=HINT)
     gold_train.train(cfg, ALONE)
     (tmp_path / "hint.txt").write_text(HINT + "\n")
     cut = dataclasses.replace(cfg, output_dir=str(tmp_path / "cut"), teacher_prompt_template=str(tmp_path / "hint.txt"))
@@ -294,7 +294,7 @@ def test_a_kill_and_a_resume_change_nothing_even_if_the_file_of_the_template_is_
     wait_for_steps(tmp_path / "cut", process, 5)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert gold_train.newest_checkpoint(tmp_path / "cut" / "checkpoints", print).name < "step-000030"
+    assert gold_train.newest_checkpoint(tmp_path / "cut" / "checkpoints", print).name < "step-000020"
     (tmp_path / "hint.txt").unlink()
     monkeypatch.setattr("sys.argv", ["gold_train.py", "--resume", "--output-dir", cut.output_dir])
     gold_train.main()
@@ -375,3 +375,25 @@ def test_an_evaluation_may_have_longer_answers_than_training(models, data, tmp_p
     cfg = config(models, data, tmp_path / "out", eval_tasks=("countdown-mini",), eval_max_new_tokens=asked)
     with pytest.raises(Evaluated, match=str(told)):
         gold_train.train(cfg, ALONE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the fork
+
+
+def test_the_self_distilling_fork_moves_the_student_towards_its_copy_that_reads_the_hint(tmp_path, monkeypatch):
+    """A few steps of every stage: the distance to the hinted copy shrinks, on prompts without a hint."""
+    import self_distill
+
+    monkeypatch.setattr(self_distill, "QUESTIONS", 8)
+    monkeypatch.setattr(self_distill, "SCHOOL_STEPS", 24)
+    monkeypatch.setattr(self_distill, "STEPS", 10)
+    monkeypatch.setattr("sys.argv", ["self_distill.py", "--output-dir", str(tmp_path / "out")])
+    shares = self_distill.main()
+    assert list(shares) == ["before", "after", "before, with the hint", "answers alone"]
+    losses = [row["actor/loss"] for row in metrics(tmp_path / "out" / "self")]
+    assert len(losses) == 10 and losses[0] > 0 and sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    saved = json.loads((tmp_path / "out" / "self" / "config.json").read_text())
+    assert saved["teacher_model"] == saved["student_model"] and "{hint}" in saved["teacher_prompt_template"]
+    seen = gold_eval.read_jsonl(tmp_path / "out" / "self" / "samples.jsonl")
+    assert seen and all(s["on_policy"] and "Hint" not in s["prompt"] for s in seen)
