@@ -256,6 +256,9 @@ def keep_rng():
             np.random.set_state(numpy_state)
 
 
+DEADLINE = 1800.0  # seconds for one window
+
+
 class VLLMSampler:
     """One vLLM engine in this process; in training one per rank, or per `tensor_parallel` neighbouring ranks.
 
@@ -274,7 +277,7 @@ class VLLMSampler:
 
     def __init__(
         self, model: str, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
-        revision: str | None = None, max_num_seqs: int = 256, deadline: float = 1800.0, sleep: bool = False,
+        revision: str | None = None, max_num_seqs: int = 256, deadline: float = DEADLINE, sleep: bool = False,
         load_format: Literal["dummy", "auto"] = "dummy",
     ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
@@ -399,7 +402,7 @@ class VLLMSampler:
         if time.monotonic() > self.until:
             what = f"{len(self.late)} requests (positions {self.late[:20]})" if self.late else "loading weights"
             raise TimeoutError(
-                f"vLLM has not finished {what} after {self.deadline:.0f} s: raise --vllm-deadline or lower "
+                f"vLLM has not finished {what} after {self.deadline:.0f} s: lower the window or "
                 "--max-completion-length. The last checkpoint goes on with --resume."
             )
 

@@ -66,8 +66,7 @@ class Config:
     teacher_url: str | None = None  # vLLM server that scores, like http://host:8000; none: the teacher is loaded here
     teacher_key: str | None = None  # environment variable that holds the key of teacher_url; none: it has no key
     teacher_top_k: int = 32  # tokens per position that a served teacher tells
-    student_template_options: str | None = None  # JSON for its chat template, like '{"enable_thinking": false}'
-    teacher_template_options: str | None = None  # JSON for the teacher's chat template
+    template_options: str | None = None  # of chat templates, JSON: '{"student": {"enable_thinking": false}}'
     teacher_prompt_template: str | None = None  # text or file, with {prompt} and columns: what only the teacher reads
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of forward passes; auto: bf16 on GPU. Weights are always fp32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
@@ -97,7 +96,6 @@ class Config:
     lag: Literal[0, 1, 2] = 0  # sample with weights this many steps old, while training goes on; 0: newest weights
     vllm_memory: float = 0.3  # KV cache: share of the device's memory, or bytes if above 1
     vllm_tensor_parallel_size: int = 1  # neighbouring ranks that form one engine
-    vllm_deadline: float = 1800.0  # seconds after which generating one window is given up with an error
     # ---- loss
     beta: float = 0.5  # 0: KL(teacher||student), mean seeking; 1: KL(student||teacher), mode seeking
     jsd_scale: Literal["kl", "raw"] = "kl"  # kl: JSD / (beta (1 - beta)), continuous in beta; raw: JSD as in TRL
@@ -214,7 +212,7 @@ class Ranks(NamedTuple):
 
 def longest_wait(cfg: Config) -> float:
     """Seconds that one rank may take for what the others wait for: our own deadlines come first."""
-    return max(cfg.vllm_deadline, cfg.eval_timeout * (cfg.eval_policy == "wait"), 1800.0) + 600.0
+    return max(gold_buffer.DEADLINE, cfg.eval_timeout * (cfg.eval_policy == "wait")) + 600.0
 
 
 def setup_ranks(wait: float = 3600.0) -> Ranks:
@@ -247,7 +245,7 @@ IN_RANGE = {  # least, most: names
     "eval_max_new_tokens",
     (0, 1e18): "temperature top_k ce_weight learning_rate weight_decay eval_steps early_stop save_steps "
     "save_minutes seed",
-    (1e-9, 1e18): "num_train_epochs loss_temperature max_grad_norm vllm_memory vllm_deadline eval_timeout",
+    (1e-9, 1e18): "num_train_epochs loss_temperature max_grad_norm vllm_memory eval_timeout",
     (0, 1): "lmbda beta eval_ratio warmup_ratio",
     (1e-9, 1): "top_p",
 }
@@ -259,7 +257,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
         for name, value in ((name, getattr(cfg, name)) for name in names.split()):
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name} must be in [{least}, {most}]: got {value}")
-    template_options(cfg.student_template_options), template_options(cfg.teacher_template_options)
+    template_options(cfg.template_options)
     gold_data.read_template(cfg.teacher_prompt_template)
     c, batch, slots = cfg, cfg.per_device_train_batch_size, slots_per_window(cfg)
     made, used, group = slots * c.num_generations, batch * c.gradient_accumulation_steps, c.vllm_tensor_parallel_size
@@ -746,12 +744,15 @@ def environment() -> dict:
 # training
 
 
-def template_options(text: str | None) -> dict | None:
-    """Raises ValueError for what is no JSON object."""
+def template_options(text: str | None) -> dict[str, dict | None]:
+    """{"student": options, "teacher": options} of the chat templates. Raises ValueError for JSON of another form."""
     try:
-        options = None if text is None else dict(json.loads(text))
+        options = {"student": None, "teacher": None} | dict(json.loads(text or "{}"))
+        if len(options) > 2 or not all(isinstance(x, dict | None) for x in options.values()):
+            raise ValueError("only a student and a teacher, each with an object")
     except (ValueError, TypeError) as e:
-        raise ValueError(f'template options are JSON like {{"enable_thinking": false}}, not {text!r}') from e
+        form = '{"student": {"enable_thinking": false}, "teacher": {}}'
+        raise ValueError(f"template_options are JSON like {form}, not {text!r}") from e
     return options
 
 
@@ -900,7 +901,7 @@ def open_sampler(cfg: Config, student, device: torch.device, say):
     with torch.cuda.stream(gold_buffer.engine_stream()):
         sampler = gold_buffer.VLLMSampler(
             name, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size, revision,
-            deadline=cfg.vllm_deadline, sleep=cfg.lag == 0,
+            sleep=cfg.lag == 0,
         )  # fmt: skip
     sampler.sleep()  # the first windows may have nothing for it to do
     return sampler
@@ -918,7 +919,7 @@ def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
 
 
 SAME_RUN = (
-    "student_model teacher_model student_template_options teacher_template_options teacher_prompt_template "
+    "student_model teacher_model template_options teacher_prompt_template "
     "dataset subset split eval_ratio rows_hash max_length max_completion_length "
     "num_generations lmbda seq_kd temperature top_p top_k lag loss beta jsd_scale loss_temperature "
     "ce_weight weight_decay seed window steps"
@@ -971,12 +972,11 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     day = gather(str(date.today()))[0]  # that chat templates write: the day on which the run began
     if checkpoint:
         day = torch.load(checkpoint / "trainer.pt", weights_only=True, mmap=True)["run"]["day"]
-    options = template_options(cfg.student_template_options)
-    vocabulary = gold_data.load_vocabulary(*gold_data.hub_name(cfg.student_model), options, day)
+    options = template_options(cfg.template_options)
+    vocabulary = gold_data.load_vocabulary(*gold_data.hub_name(cfg.student_model), options["student"], day)
     teacher_vocabulary = pairing = None
     if cfg.teacher_model:
-        options = template_options(cfg.teacher_template_options)
-        teacher_vocabulary = gold_data.load_vocabulary(*gold_data.hub_name(cfg.teacher_model), options, day)
+        teacher_vocabulary = gold_data.load_vocabulary(*gold_data.hub_name(cfg.teacher_model), options["teacher"], day)
         pairing = pair(cfg, vocabulary, teacher_vocabulary, device)
     gold_buffer.check_positions(*gold_data.hub_name(cfg.student_model), cfg.max_length)
     positions = [cfg.max_length]  # that prompt and completion may have

@@ -109,7 +109,7 @@ def test_lag_beside_tensor_parallelism_is_refused(monkeypatch, tmp_path):
 
 def test_the_process_group_waits_longer_than_anything_that_one_rank_may_wait_for():
     assert gold_train.longest_wait(Config()) == 2400
-    assert gold_train.longest_wait(Config(vllm_deadline=9000)) == 9600
+    assert gold_train.longest_wait(Config(eval_policy="wait", eval_timeout=9000)) == 9600
     assert gold_train.longest_wait(Config(eval_timeout=7200)) == 2400, "nobody waits for an evaluation"
     assert gold_train.longest_wait(Config(eval_timeout=7200, eval_policy="wait")) == 7800
 

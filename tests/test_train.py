@@ -623,9 +623,9 @@ BAD = {
     "a sampler device without lag": (("--sampler-device", "cpu"), r"--lag"),
     "epochs without end": (("--num-train-epochs", "inf"), r"num_train_epochs must be in .*: got inf"),
     "a learning rate that is none": (("--learning-rate", "nan"), r"learning_rate must be in .*: got nan"),
-    "options that are no JSON": (("--student-template-options", "enable_thinking"), r"template options are JSON like"),
-    "options that are a list": (("--student-template-options", "[1]"), r"options are JSON like .* not '\[1\]'"),
-    "an option of no template": (("--teacher-template-options", '{"enable_thinking": 0}'), r"no option enable"),
+    "options that are no JSON": (("--template-options", "enable_thinking"), r"template_options are JSON like"),
+    "options that are a list": (("--template-options", "[1]"), r"options are JSON like .* not '\[1\]'"),
+    "an option of no template": (("--template-options", '{"teacher": {"enable_thinking": 0}}'), r"no option enable"),
     "nothing to resume": (("--resume",), r"nothing to resume"),
 }  # fmt: skip
 

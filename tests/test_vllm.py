@@ -115,7 +115,9 @@ def test_a_window_that_takes_too_long_is_given_up_and_its_requests_are_named(mor
     (model, sampler), long = mortal, Sampling(200)
     assert [len(r.completion_ids) for r in sampler.generate(requests_of((5, 395)), long)] == [200, 5], "by the context"
     sampler.deadline = 0.05
-    with pytest.raises(TimeoutError, match=r"4 requests \(positions \[0, 1, 2, 3\]\).*--vllm-deadline.*--resume"):
+    with pytest.raises(
+        TimeoutError, match=r"4 requests \(positions \[0, 1, 2, 3\]\).*--max-completion-length.*--resume"
+    ):
         sampler.generate(requests_of((40, 40, 40, 40)), long)
     with pytest.raises(RuntimeError, match="cannot be used any more"):
         sampler.load_weights(model.state_dict(), 1)
