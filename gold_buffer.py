@@ -543,7 +543,7 @@ class Encoder:
         No more of a text is encoded than could be kept if all of its tokens were as long as the longest there is.
         """
         most = self.max_completion_length * int(self.student.lengths.max())
-        whole, text = whole and len(text) <= most, text[:most]
+        whole, text = whole and len(text) <= most, self.student.normal(text[:most])
         ids, ends = self.student.encode(text.encode())
         whole = whole and (self.student.lossy or (int(ends[-1]) if len(ends) else 0) == len(text.encode()))
         ids = list(ids) + ([self.student.ends[0]] if whole else [])

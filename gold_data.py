@@ -643,9 +643,11 @@ def prompts(tokenizers: Sequence, row: Row, template: str | None = None) -> tupl
 
 
 @functools.cache
-def _longest(tokenizer) -> int:
-    """Bytes of the longest entry of the vocabulary, at most."""
-    return max(len(piece.encode()) for piece in tokenizer.get_vocab())
+def _longest(tokenizer) -> float:
+    """Bytes that one token writes at most: without end where anything unknown becomes one (WordPiece), as cuneiform."""
+    unknown = tokenizer("\U00012000", add_special_tokens=False)["input_ids"]
+    longest = max(len(piece.encode()) for piece in tokenizer.get_vocab())
+    return math.inf if tokenizer.unk_token_id in unknown else longest
 
 
 def too_long(tokenizer, texts: list[str], room: int) -> list[bool]:
@@ -782,6 +784,7 @@ class Vocabulary:
             self.bytes[i] = None
         self.lengths = np.array([len(b or b"") for b in self.bytes])
         self.single = {b[0]: i for i, b in reversed(list(enumerate(self.bytes))) if b is not None and len(b) == 1}
+        self.markers: dict[bytes, int] = {}  # see share_markers
         self.literal = [i for i, t in tokenizer.added_tokens_decoder.items() if i < size and self.bytes[i]]
         # a tokenizer that puts a phantom space in front of a text is given something else to put it in front of
         probe = "caf\u00e9 12 + 3 = 15 (ok)\n"
@@ -799,6 +802,23 @@ class Vocabulary:
             return ids, words
         cut = np.flatnonzero(np.cumsum(self.lengths[ids]) == 1 + len(guard))  # phantom space and guard
         return (ids[cut[-1] + 1 :], words[cut[-1] + 1 :]) if len(cut) else None
+
+    def _encode_bytes(self, data: bytes) -> tuple[list[int | None], list[int]]:
+        """What is not UTF-8: markers, each a word, and single bytes, which are no word at all."""
+        ids, words, at = [], [], 0
+        while at < len(data):
+            marker = self.markers.get(data[at : at + 2])
+            ids.append(self.single.get(data[at]) if marker is None else marker)
+            words.append(-1 if marker is None else at)
+            at += 1 if marker is None else 2
+        return ids, words
+
+    def normal(self, text: str) -> str:
+        """`text` in the Unicode normal form that this tokenizer gives every text."""
+        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())["normalizer"] or {}
+        for form in (part["type"] for part in spec.get("normalizers", [spec]) if "type" in part):
+            text = unicodedata.normalize(form, text) if form in ("NFC", "NFD", "NFKC", "NFKD") else text
+        return text
 
     def join(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.bytes[i] or b"" for i in ids)
@@ -823,10 +843,10 @@ class Vocabulary:
         parts = re.split("([\udc80-\udcff]+)", text.decode(errors="surrogateescape"))
         for i, part in enumerate(parts):
             if i % 2:  # what is not UTF-8 is no word at all
-                found = [self.single.get(ord(c) - 0xDC00) for c in part], [-1] * len(part)
+                found = self._encode_bytes(part.encode(errors="surrogateescape"))
             else:
                 tries = (self._encode_after(guard, part) for guard in self.guards if part)
-                found = next((found for found in tries if found is not None), ([None] * bool(part), [-1]))
+                found = next((found for found in tries if found is not None), ([None], [-1]) if part else ([], []))
             words += [word if word < 0 else word + len(ids) for word in found[1]]
             ids += found[0]
         ids = ids[: next((i for i, t in enumerate(ids) if t is None or not self.bytes[t]), len(ids))]  # unknown
@@ -841,26 +861,30 @@ class Vocabulary:
         return {b for b in self.bytes if b}
 
     @cached_property
+    def writing(self) -> list[int]:
+        """Ids that write something, sorted by their bytes."""
+        return sorted((i for i, b in enumerate(self.bytes) if b), key=self.bytes.__getitem__)
+
+    @cached_property
     def order(self) -> np.ndarray:
-        """(K,) ids sorted by their bytes, the end ids last."""
-        return np.array(sorted((i for i, b in enumerate(self.bytes) if b), key=self.bytes.__getitem__) + [*self.ends])
+        """(size,) ids: those that write something sorted by their bytes, then the end ids, then the others."""
+        known = [*self.writing, *self.ends]
+        return np.array(known + sorted({*range(self.size)} - {*known}))
 
     @cached_property
     def rank(self) -> np.ndarray:
-        """(size,) position of each id in `order`, -1 for none."""
-        rank = np.full(self.size, -1)
-        rank[self.order] = np.arange(len(self.order))
-        return rank
+        """(size,) position of each id in `order`."""
+        return np.argsort(self.order)
 
     @cached_property
     def edge(self) -> np.ndarray:
-        """(258,) where in `order` the tokens that start with byte 0, 1, .. begin, then the ends, then its length."""
-        first = [self.bytes[i][0] for i in self.order[: -len(self.ends)]]
-        return np.append(np.searchsorted(first, np.arange(257)), len(self.order))
+        """(258,) where in `order` the tokens that start with byte 0, 1, .. begin, then the ends, then the others."""
+        first = [self.bytes[i][0] for i in self.writing]
+        return np.append(np.searchsorted(first, np.arange(257)), len(first) + len(self.ends))
 
     @cached_property
     def tree(self) -> "PrefixTree":
-        return PrefixTree([self.bytes[i] for i in self.order[: -len(self.ends)]])
+        return PrefixTree([self.bytes[i] for i in self.writing])
 
     @cached_property
     def rule(self) -> "BytePairs | Reencoded":
@@ -902,9 +926,11 @@ class Vocabulary:
         """
         data, tree, still_open, at, byte = self.join(ids), self.tree, set(), [], []
         path = dict(zip(accumulate(self.lengths[list(ids)].tolist()), ids)) | {0: None}
-        if ids[0] in self.literal:  # cut out of the text before all else, but only where it is complete
+        if (
+            ids[0] in self.literal and data not in self.markers
+        ):  # cut out of the text before all else, but only where it is complete
             still_open.update(range(1, len(data)))
-        for start, states in enumerate([] if still_open else self.rule.states(data)):
+        for start, states in enumerate([] if ids[0] in self.literal else self.rule.states(data)):
             for state in states:
                 if start in path and path[start] == state:
                     continue  # the model has been asked there
@@ -928,6 +954,10 @@ class Vocabulary:
                         byte += tree.byte[child].tolist()
         return tuple(np.array(x, dtype=np.int64) for x in (sorted(still_open), at, byte))
 
+    def mute(self, ids: list[int]) -> np.ndarray:
+        """Which tokens are special ones that neither end a text nor are markers."""
+        return (self.lengths[ids] == 0) & ~np.isin(ids, self.ends)
+
     def closed(self, text: bytes, ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(known (n + 1,), tells (n + 1, 256), broken (n + 1,)) of a text of n bytes, written with `ids`.
 
@@ -939,6 +969,8 @@ class Vocabulary:
         starts, boundary = np.append(0, ends), np.cumsum([0, *self.lengths[ids]])[: len(ids)]
         path = np.full(n + 1, -1)
         path[boundary] = ids
+        mute = boundary[self.mute(ids)]  # what is known begins anew with the word behind it
+        path[mute] = -1
         tells = np.repeat(path[:, None] >= 0, 256, axis=1)
         tells[n] = True
         inner = starts[1:-1]
@@ -968,6 +1000,7 @@ class Vocabulary:
         letter = np.repeat(end - width, width)[np.flatnonzero(inside) - 1]  # its first byte
         steady[inside] = steady[letter] & (path[letter] >= 0)
         tells[end, :128] &= self.steady[kinds][:, [kind(c) for c in range(128)]]
+        known[mute], broken[mute] = False, 1
         return known & steady, tells, broken.cumsum()
 
 
@@ -1015,6 +1048,21 @@ def load_vocabulary(
         ends = config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
     return Vocabulary(tokenizer, end_ids(tokenizer, ends), config.get_text_config().vocab_size)
+
+
+def share_markers(student: Vocabulary, teacher: Vocabulary) -> None:
+    """Special tokens of one text in both write two bytes that no text holds: they are aligned like other tokens."""
+    known = [
+        {t.content: i for i, t in v.tokenizer.added_tokens_decoder.items() if i < v.size and v.bytes[i] is None}
+        for v in (student, teacher)
+    ]
+    ends = {*map(student.tokenizer.convert_ids_to_tokens, student.ends)}
+    ends |= {*map(teacher.tokenizer.convert_ids_to_tokens, teacher.ends)}
+    for n, name in enumerate(sorted(known[0].keys() & known[1].keys() - ends)[:64]):
+        for v, ids in zip((student, teacher), known):
+            v.bytes[i := ids[name]] = bytes([255, 128 + n])
+            v.lengths[i], v.markers[v.bytes[i]] = 2, i
+            v.literal.append(i)
 
 
 class PrefixTree:
@@ -1250,9 +1298,11 @@ class _PrefixSide:
 
     def __init__(self, vocabulary: Vocabulary, ids: list[int], text: np.ndarray):
         n, tree = len(text), vocabulary.tree
-        self.tree, self.rank, self.num_tokens = tree, vocabulary.rank[ids], len(vocabulary.order)
+        self.tree, self.rank, self.num_tokens = tree, vocabulary.rank[ids], int(vocabulary.edge[257])
         boundary = np.cumsum([0, *vocabulary.lengths[ids]])[: len(ids)]  # offset at which row i predicts
-        self.row, self.end, self.node = tree.walk(text, boundary)
+        rows = np.flatnonzero(~vocabulary.mute(ids))
+        index, self.end, self.node = tree.walk(text, boundary[rows])
+        self.row = rows[index]
         self.row_at = np.full(n + 1, -1)
         self.row_at[boundary] = np.arange(len(ids))
         self.is_boundary = self.row_at >= 0
@@ -1358,21 +1408,21 @@ def align(
 
     The text is the bytes of the student's ids as they are, never decoded and never re-tokenised for the student. The
     end token is part of it only where the student really stopped. If an id in the middle writes nothing (a special
-    token) or the teacher cannot write some byte, everything from there on is left out: see `scored_bytes`.
+    token that the teacher does not have) it counts as text of length 0, in no span. If the teacher cannot write some
+    byte, everything from there on is left out: see `scored_bytes`.
     """
     content = completion_ids[:-1] if finished else completion_ids
-    whole = next((i for i, t in enumerate(content) if not student.bytes[t]), len(content))
-    text = student.join(content[:whole])
-    student_ends = student.lengths[content[:whole]].cumsum()
+    text, student_ends = student.join(content), student.lengths[content].cumsum()
     if student.lossy and text[:1] == b" ":  # the space in front of the first word
         text, student_ends = text[1:], student_ends - 1
     teacher_ids, teacher_ends = teacher.encode(text)
     if teacher.lossy and len(teacher_ends):
         teacher_ends[-1] = len(text)
-    complete = finished and whole == len(content) and (teacher_ends[-1] if len(teacher_ends) else 0) == len(text)
+    complete = finished and (teacher_ends[-1] if len(teacher_ends) else 0) == len(text)
     common = np.intersect1d(student_ends, teacher_ends)
     stop = int(common[-1]) if len(common) else 0
-    student_ends, teacher_ends = student_ends[student_ends <= stop], teacher_ends[teacher_ends <= stop]
+    if not complete:
+        student_ends, teacher_ends = student_ends[student_ends <= (stop or -1)], teacher_ends[teacher_ends <= stop]
     student_ids, teacher_ids = completion_ids[: len(student_ends)], teacher_ids[: len(teacher_ends)]
     if complete:  # the end of the text is a byte of its own
         student_ends, teacher_ends = np.append(student_ends, stop + 1), np.append(teacher_ends, stop + 1)
@@ -1380,8 +1430,10 @@ def align(
     queries = None
     if prefix:
         queries = prefix_queries(student, teacher, student_ids, teacher_ids, text[:stop], complete)
-    num_bytes, span = int(student.lengths[content].sum()), spans(student_ends, teacher_ends)
-    return Alignment(teacher_ids, len(student_ids), len(teacher_ids), *span, num_bytes, stop, queries)
+    *span, num_spans = spans(student_ends, teacher_ends)
+    span[0][np.diff(student_ends, prepend=0) == 0] = -1
+    num_bytes = int(student.lengths[content].sum())
+    return Alignment(teacher_ids, len(student_ids), len(teacher_ids), *span, num_spans, num_bytes, stop, queries)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

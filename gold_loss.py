@@ -579,14 +579,15 @@ def uld_loss(
 class Queries:
     """What `prefix_loss` asks of one model: masses of token ranges, each "tokens that start with these bytes".
 
-    `order` (K,) lists token ids sorted by their bytes, the end-of-text ids last; a range is [lo, hi) in it. Query e
+    `order` (V,) lists token ids sorted by their bytes, then the ends of a text, then all others; a range is [lo, hi) in
+    it. Query e
     reads the law of row[e] (ascending) and adds its mass, times the probability of the path up to that row, to slot[e]:
     slots 0..O-1 are outcomes, O..O+M-1 the totals that the outcomes of an offset are divided by, O+M is discarded.
     Row full_row[f] also adds its whole next-byte law to the 257 slots from full_slot[f]: the bytes, then the end.
     """
 
-    order: Tensor  # (K,)
-    edge: Tensor  # (258,) where in `order` each first byte begins; then the end-of-text ids; then K
+    order: Tensor  # (V,)
+    edge: Tensor  # (258,) where in `order` each first byte begins; then the end-of-text ids; then the others
     row: Tensor  # (E,)
     lo: Tensor  # (E,)
     hi: Tensor  # (E,)

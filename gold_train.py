@@ -116,6 +116,7 @@ class Config:
     eval_steps: int = 0  # optimizer steps between evaluations; 0: only before and after training
     eval_gpu: str = "auto"  # index of a GPU that no rank uses, same (rank 0's), or cpu; auto: a free one, else same
     eval_max_samples: int = 256  # rows per task
+    eval_max_new_tokens: int | None = None  # most tokens of an answer; none: max_completion_length
     eval_policy: Literal["drop_oldest", "wait"] = "drop_oldest"  # when an evaluation is still waiting
     eval_timeout: float = 3600.0  # seconds after which one evaluation is killed
     save_best: str | None = None  # keep the best weights by this metric, like countdown/accuracy; none: off
@@ -242,7 +243,8 @@ def slots_per_window(cfg: Config) -> int:
 
 IN_RANGE = {  # least, most: names
     (1, 1e18): "per_device_train_batch_size gradient_accumulation_steps num_generations generation_batch_size "
-    "max_steps max_completion_length teacher_top_k vllm_tensor_parallel_size save_total_limit eval_max_samples",
+    "max_steps max_completion_length teacher_top_k vllm_tensor_parallel_size save_total_limit eval_max_samples "
+    "eval_max_new_tokens",
     (0, 1e18): "temperature top_k ce_weight learning_rate weight_decay eval_steps early_stop save_steps "
     "save_minutes seed",
     (1e-9, 1e18): "num_train_epochs loss_temperature max_grad_norm vllm_memory vllm_deadline eval_timeout",
@@ -438,6 +440,7 @@ def pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabula
     name, put = cfg.cross_tokenizer_loss, lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
     if gold_data.same_vocabulary(student, teacher):
         return Pairing("jsd", jsd_pair(cfg, student, teacher, put))
+    gold_data.share_markers(student, teacher)
     if name == "none":
         raise ValueError(
             f"student and teacher have different tokenizers ({len(student.tokens)} and {len(teacher.tokens)} entries): "
@@ -680,7 +683,8 @@ def append_json(path: Path, value: dict) -> None:
         file.write(json.dumps(value) + "\n")
 
 
-RECORDS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
+WARNINGS = "warnings.jsonl"
+RECORDS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", WARNINGS)
 
 
 @contextmanager
@@ -1237,14 +1241,31 @@ def save_samples(path: Path, step: int, window: gold_buffer.Window, tokenizer) -
         append_json(path, entry | {"prompt": prompt, "completion": completion})
 
 
-def warnings(row: dict[str, float]) -> Iterator[str]:
-    """What looks wrong in a row of metrics, each said once."""
+TRUNCATED_SHARE, TRUNCATED_STEPS = 0.5, 20  # more than this share of the completions cut, this many steps in a row
+
+
+def warnings(rows: list[dict[str, float]], cfg: Config, window: gold_buffer.Window, tokenizer, ends) -> dict[str, str]:
+    """metric -> what looks wrong, in the latest rows of metrics, the last of which is the window's."""
+    row, found = rows[-1], {}
     if row["actor/grad_norm"] == 0:
-        yield "the gradient is exactly 0: nothing is learnt (a learning rate or weight decay that is too large?)"
+        text = "the gradient is exactly 0: nothing is learnt (a learning rate or weight decay that is too large?)"
+        found["actor/grad_norm"] = text
     if row.get("actor/skipped"):
-        yield "the gradient was not finite and the step was left out; actor/skipped counts them"
+        text = "the gradient was not finite and the step was left out; actor/skipped counts them"
+        found["actor/skipped"] = text
     if row.get("align/unscored"):
-        yield "completions without a single scored token (see align/unscored): only special tokens, or no common text"
+        text = "completions without a single scored token (see align/unscored): only special tokens, or no common text"
+        found["align/unscored"] = text
+    cut = [r["response_seq_len/truncated"] > TRUNCATED_SHARE for r in rows[-TRUNCATED_STEPS:]]
+    if sum(cut) == TRUNCATED_STEPS:
+        sample = min(window.samples, key=lambda s: (s.finished, not s.on_policy))
+        line = tokenizer.decode(sample.completion_ids).strip().partition("\n")[0][:200]
+        found["response_seq_len/truncated"] = (
+            f"for {TRUNCATED_STEPS} steps more than {TRUNCATED_SHARE:.0%} of the completions were cut: within "
+            f"max_completion_length {cfg.max_completion_length} they have none of the end tokens "
+            f"{tokenizer.convert_ids_to_tokens(ends)}. Raise it, or see why the student does not stop: {line!r}"
+        )
+    return found
 
 
 SAMPLE_STEPS = 50  # between entries of samples.jsonl
@@ -1262,7 +1283,9 @@ class Records:
         shown = {k: without_secrets(v) if isinstance(v, str) else v for k, v in asdict(cfg).items()}
         write_json(self.out / "config.json", shown)
         write_json(self.out / "environment.json", environment())
-        self.run, self.said = start_wandb(cfg, shown), set()
+        self.run, self.said = start_wandb(cfg, shown), {r["metric"] for r in gold_eval.read_jsonl(self.out / WARNINGS)}
+        self.rows = gold_eval.read_jsonl(self.out / "metrics.jsonl")[-TRUNCATED_STEPS:]
+        self.ends = gold_data.end_ids(tokenizer, gold_buffer.ids_of(student.generation_config.eos_token_id))
         self.bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, unit="step")
         self.latest, self.best, self.since_best = "", -math.inf, 0
         self.dtype, self.evaluator = compute_dtype(cfg, ranks.device), None
@@ -1278,8 +1301,8 @@ class Records:
         engine = "vllm" if free and gold_buffer.choose_sampler(cfg.sampler)[0] == "vllm" else "hf"
         self.evaluator = gold_eval.Evaluator(
             cfg.eval_tasks, self.out, device, policy=cfg.eval_policy, timeout=cfg.eval_timeout,
-            max_samples=cfg.eval_max_samples, max_new_tokens=cfg.max_completion_length, engine=engine,
-            seed=cfg.seed,
+            max_samples=cfg.eval_max_samples, seed=cfg.seed, engine=engine,
+            max_new_tokens=cfg.eval_max_new_tokens or cfg.max_completion_length,
         )  # fmt: skip
         evaluated = {r["step"] for r in known}
         if None not in evaluated and cfg.teacher_model and not cfg.teacher_url:
@@ -1296,10 +1319,12 @@ class Records:
         append_json(self.out / "metrics.jsonl", row)
         if row["step"] == 1 or every(SAMPLE_STEPS, row["step"]):
             save_samples(self.out / "samples.jsonl", row["step"], window, self.tokenizer)
-        for text in warnings(row):
-            if text not in self.said:
+        self.rows = [*self.rows, row][-TRUNCATED_STEPS:]
+        for metric, text in warnings(self.rows, self.cfg, window, self.tokenizer, self.ends).items():
+            if metric not in self.said:  # once in a run, resumes included
                 self.say(f"warning: step {row['step']}: {text}")
-            self.said.add(text)
+                append_json(self.out / WARNINGS, {"step": row["step"], "metric": metric, "warning": text})
+            self.said.add(metric)
         self.run.log({"train/step": row["step"]} | {k: v for k, v in row.items() if k != "step"})
         text = f"loss {row['actor/loss']:.4f} |g| {row['actor/grad_norm']:.2f} len {row['response_seq_len/mean']:.0f}"
         self.bar.set_postfix_str(text + self.latest)

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from fractions import Fraction  # noqa: F401 (for eval)
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 import gold_data
+import gold_loss
 from gold_data import Alignment, Difficulty, Sample, Vocabulary
 
 TEXTS = [*MULTILINGUAL, PROSE[:2000], "a", " ", "\n\n", "  two  spaces ", "<|im_end|> as text", "\u0120"]
@@ -235,9 +237,10 @@ def test_sorted_tokens(name):
     v = vocabulary(name)
     writing = [i for i, b in enumerate(v.bytes) if b]
     order = v.order.tolist()
-    assert sorted(order[: -len(v.ends)]) == writing and order[-len(v.ends) :] == list(v.ends)
-    assert all(v.bytes[a] <= v.bytes[b] for a, b in pairwise(order[: -len(v.ends)]))
-    assert [order.index(i) if i in order else -1 for i in range(v.size)] == v.rank.tolist()
+    k = len(writing)
+    assert sorted(order[:k]) == writing and order[k : k + len(v.ends)] == list(v.ends)
+    assert all(v.bytes[a] <= v.bytes[b] for a, b in pairwise(order[:k])) and sorted(order) == list(range(v.size))
+    assert [order.index(i) for i in range(v.size)] == v.rank.tolist()
     for b in range(256):
         assert set(order[v.edge[b] : v.edge[b + 1]]) == {i for i in writing if v.bytes[i][0] == b}
     assert order[v.edge[256] : v.edge[257]] == list(v.ends)
@@ -426,26 +429,25 @@ def test_queries_of_two_tokenizers(names):
 
 
 def expected_alignment(student: Vocabulary, teacher: Vocabulary, ids: list[int], finished: bool) -> Alignment:
-    text, ends, whole = b"", [], True
+    text, ends = b"", []
     for i in ids[: len(ids) - finished]:
-        if not student.bytes[i]:
-            whole = False
-            break
-        text += student.bytes[i]
+        text += student.bytes[i] or b""
         ends.append(len(text))
     teacher_ids, teacher_ends = teacher.encode(text)
     teacher_ends = [int(e) for e in teacher_ends]
-    complete = finished and whole and (teacher_ends[-1:] or [0]) == [len(text)]
+    complete = finished and (teacher_ends[-1:] or [0]) == [len(text)]
     stop = max(set(ends) & set(teacher_ends), default=0)
-    ends, teacher_ends = [e for e in ends if e <= stop], [e for e in teacher_ends if e <= stop]
+    if not complete:
+        ends, teacher_ends = [e for e in ends if e <= stop and stop], [e for e in teacher_ends if e <= stop]
     teacher_ids = list(teacher_ids[: len(teacher_ends)])
     if complete:
         ends, teacher_ends = ends + [stop + 1], teacher_ends + [stop + 1]
         teacher_ids.append(teacher.ends[0])
     common = sorted(set(ends) & set(teacher_ends))
     first = lambda e: next(n for n, c in enumerate(common) if c >= e)
+    mute = [e == before for before, e in pairwise([0, *ends])]  # it writes nothing and is in no span
     return Alignment(
-        teacher_ids, len(ends), len(teacher_ends), np.array([first(e) for e in ends]),
+        teacher_ids, len(ends), len(teacher_ends), np.array([-1 if no else first(e) for e, no in zip(ends, mute)]),
         np.array([first(e) for e in teacher_ends]), len(common),
         len(b"".join(student.bytes[i] or b"" for i in ids[: len(ids) - finished])), stop,
     )  # fmt: skip
@@ -495,9 +497,73 @@ def test_the_end_is_compared_only_where_the_student_stopped_and_both_wrote_every
         a = gold_data.align(student, teacher, ids + [student.ends[-1]] * finished, finished, prefix=False)
         assert (a.teacher_ids[-1] == teacher.ends[0]) == finished
         assert a.student_scored == len(ids) + finished and a.scored_bytes == 11
-    special = student.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    a = gold_data.align(student, teacher, [*ids, special, *ids, student.ends[0]], True, prefix=False)
-    assert a.student_scored == len(ids) and a.scored_bytes == 11 and a.num_bytes == 22
+
+
+def markers(share: bool) -> list[Vocabulary]:
+    """A student and a teacher that both have a special token <|think|>."""
+    tokenizers = conftest.byte_level.__wrapped__(400), conftest.metaspace.__wrapped__(500)
+    for t in tokenizers:
+        t.add_special_tokens({"additional_special_tokens": ["<|think|>"]})
+    pair = [Vocabulary(t, gold_data.end_ids(t), len(t)) for t in tokenizers]
+    if share:
+        gold_data.share_markers(*pair)
+    return pair
+
+
+def test_special_tokens_that_both_know_are_aligned_like_any_other():
+    student, teacher = markers(True)
+    think = [v.tokenizer.convert_tokens_to_ids("<|think|>") for v in (student, teacher)]
+    parts = [v.encode(b"Hello there")[0] for v in (student, teacher)]
+    ids, expected = ([think[i], *parts[i], think[i], *parts[i], v.ends[0]] for i, v in enumerate((student, teacher)))
+    a = gold_data.align(student, teacher, ids, True, prefix=True)
+    assert a.teacher_ids == expected and a.scored_bytes == a.num_bytes == 2 * 11 + 2 * 2
+    spans_s = [s for s, i in zip(a.student_span, ids) if i == think[0]]
+    spans_t = [s for s, i in zip(a.teacher_span, expected) if i == think[1]]
+    assert spans_s == spans_t and min(spans_s) == 0
+    assert student.closed(student.join(ids), ids)[0][[0, 1, 2, 13, 14, 15, -1]].all(), "and prefix sees them"
+
+
+def test_special_tokens_that_only_the_student_knows_are_text_of_length_0():
+    student, teacher = markers(False)
+    think, ids = student.tokenizer.convert_tokens_to_ids("<|think|>"), student.encode(b"Hello there")[0]
+    row = [think, *ids, think, think, *ids, student.ends[0]]
+    a = gold_data.align(student, teacher, row, True, prefix=True)
+    assert a.scored_bytes == a.num_bytes == 22 and a.student_scored == len(row)
+    assert [i for i, s in zip(row, a.student_span) if s == -1] == [think] * 3
+    known, tells, broken = student.closed(b"Hello there" * 2, row)
+    assert not known[[0, 11]].any() and known[12:].any() and known[22] and not tells[11].any()
+    assert broken[0] < broken[11] and broken[-1] > broken[10], "no outcome spans them"
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.sampled_from(["think", "Hello", " there", "3", "\n"]), max_size=6), st.booleans(), st.booleans())
+def test_a_text_with_special_tokens_has_a_loss_of_0_under_equal_models(parts, finished, share):
+    pair = markers(share)
+    student = pair[0]
+    think = student.tokenizer.convert_tokens_to_ids("<|think|>")
+    ids = [i for p in parts for i in ([think] if p == "think" else student.encode(p.encode())[0])]
+    ids += [student.ends[0]] * finished
+    a = gold_data.align(student, student, ids, finished, prefix=True)
+    if not a.student_scored or a.teacher_ids != ids:
+        return
+    batch = gold_data.collate([Sample([0], ids, finished, True, [0], alignment=a)])
+    logits = torch.randn(a.student_scored, student.size, dtype=torch.float64)
+    side = gold_loss.Side(logits, gold_loss.Head(torch.eye(student.size, dtype=torch.float64)), batch.student_targets)
+    order, edge = torch.tensor(student.order), torch.tensor(student.edge)
+    q = [gold_loss.Queries(order=order, edge=edge, **x) for x in (batch.student_queries, batch.teacher_queries)]
+    loss = gold_loss.prefix_loss(side, side, *q, batch.offset, len(batch.offset_sample), 0.5)
+    assert (loss.values.abs() < 1e-9).all()
+
+
+def test_a_text_is_written_in_the_normal_form_of_its_tokenizer():
+    fast = conftest.byte_level.__wrapped__(300)
+    v = Vocabulary(fast, gold_data.end_ids(fast), len(fast))
+    assert v.normal("e\u0301") == "e\u0301"
+    fast.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC()])
+    v = Vocabulary(fast, gold_data.end_ids(fast), len(fast))
+    assert v.normal("cafe\u0301 ok") == "caf\u00e9 ok"
+    assert len(v.encode("cafe\u0301 ok".encode())[0]) < len(v.encode(v.normal("cafe\u0301 ok").encode())[0])
+    assert v.join(v.encode(v.normal("cafe\u0301 ok").encode())[0]) == "caf\u00e9 ok".encode()
 
 
 def test_wordpiece_is_aligned_to_the_end_of_the_text():

@@ -1,0 +1,92 @@
+"""Fork: a model teaches itself. The teacher is a frozen copy of the student that reads a worked hint (SDFT, OPSD).
+
+    python forks/self_distill.py                  about four minutes on two idle CPU cores, into out/self_distill
+
+EXPECTED
+
+The recipe for your own models needs no fork: --teacher-model is the --student-model's directory, --lmbda 1, and
+--teacher-prompt-template names the column with the hint. What to copy here: the stages, each a Config for
+gold_train.train, and the table of the same model with and without the hint. The first stage only makes a model that can
+use hints, as any instruction-tuned model can.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import gold_buffer
+import gold_data
+import gold_eval
+import gold_train
+
+TEMPLATE = "{prompt} Hint: {hint}"
+SCHOOL_STEPS, STEPS, QUESTIONS = 400, 300, 512
+SCHOOL = gold_train.Config(
+    max_length=128, max_completion_length=64, per_device_train_batch_size=64, gradient_accumulation_steps=1,
+    lmbda=0.0, ce_weight=1.0, learning_rate=3e-3, weight_decay=0.01, beta=0.0, save_steps=100,
+    save_total_limit=1, output_dir="out/self_distill",
+)  # fmt: skip
+
+
+def puzzles(n: int, test: bool = False) -> list[dict]:
+    """countdown-mini with one more column: the expression that is wanted."""
+    rows = gold_data.make_countdown(n, mini=True, test=test)
+    return [row | {"hint": row["completion"].split("<answer> ")[1].split(" =")[0]} for row in rows]
+
+
+def with_hint(row: dict) -> dict:
+    messages = gold_data.privileged(gold_data.to_row(row), TEMPLATE)
+    return row | {"prompt": list(messages)}
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def accuracy(model: str, rows: str) -> float:
+    """Share of puzzles that a model directory solves, greedily."""
+    vocabulary = gold_data.load_vocabulary(model)
+    model = gold_buffer.load_model(model, None, torch.float32, "cpu").eval()
+    return gold_eval.evaluate(model, vocabulary.tokenizer, [f"countdown-mini={rows}"])["countdown-mini"]["accuracy"]
+
+
+def main() -> dict[str, float]:
+    """The share of held-out puzzles solved before and after, with the hint, and by answers alone."""
+    cfg, ranks = gold_train.parse(SCHOOL), gold_train.setup_ranks()
+    out = Path(cfg.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    rows, test = puzzles(9000), puzzles(QUESTIONS, test=True)
+    texts = [f"{with_hint(row)['prompt'][0]['content']}\n{row['completion']}" for row in rows[:2000]]
+    gold_train.make_model(out / "init", texts, True, hidden=96, layers=3, seed=cfg.seed)
+    school = write(out / "school.jsonl", [*map(with_hint, rows[:8000]), *rows[:1000]])
+    practice = write(out / "practice.jsonl", rows[8000:])
+    plain, hinted = write(out / "test.jsonl", test), write(out / "test_hint.jsonl", list(map(with_hint, test)))
+    student = str(out / "school" / "checkpoints" / "latest")
+    alone = replace(cfg, student_model=student, dataset=practice, max_steps=STEPS)
+    stages = {
+        "school": replace(cfg, student_model=str(out / "init"), dataset=school, max_steps=SCHOOL_STEPS),
+        "answers": alone,
+        "self": replace(
+            alone, teacher_model=student, teacher_prompt_template=TEMPLATE, lmbda=1.0, ce_weight=0.0, temperature=0.5
+        ),
+    }
+    for name, stage in stages.items():
+        gold_train.train(replace(stage, output_dir=str(out / name)), ranks, last=name == "self")
+    end = lambda name: str(out / name / "checkpoints" / "latest")
+    found = {
+        "before": accuracy(student, plain), "after": accuracy(end("self"), plain),
+        "before, with the hint": accuracy(student, hinted), "answers alone": accuracy(end("answers"), plain),
+    }  # fmt: skip
+    for name, share in found.items():
+        print(f"{name:24}{share:7.1%}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
