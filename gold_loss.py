@@ -152,9 +152,12 @@ def row_terms(logp: Tensor, logq: Tensor, q: Tensor, beta: float) -> tuple[Tenso
         values = torch.sub(logp.exp_(), q, out=logp).sum(-1)
         w = d.mul_(q)
         return values.add_(w.sum(-1)), w, 1.0
-    d, p = torch.sub(logp, logq, out=logq).clamp_(max=80.0), logp.exp_()  # beyond 80 q is 0
-    w = torch.expm1(d).mul_(beta).log1p_()  # log M/Q
-    values = torch.linalg.vecdot(p, d.sub_(w)) / (1 - beta)  # d - w = log P/M
+    ratio = (logp, logq) if beta <= 0.5 else (logq, logp)  # what has the smaller weight in M, to what has the larger
+    x, p = torch.sub(*ratio, out=logq).clamp_(max=80.0), logp.exp_()  # beyond 80 what it multiplies is 0
+    u = torch.expm1(x).mul_(min(beta, 1 - beta)).log1p_()
+    rest = torch.sub(u, x, out=x)
+    w, v = (u, rest) if beta <= 0.5 else (rest, u)  # log M/Q, log M/P
+    values = torch.linalg.vecdot(p, v) / (beta - 1)
     w.mul_(q)
     return values.sub_(w.sum(-1) / beta), w, -1 / beta
 
@@ -421,7 +424,7 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
-def check_served(logprobs: Tensor, ids: Tensor | None = None) -> None:
+def _check_served(logprobs: Tensor, ids: Tensor | None = None) -> None:
     """Raises ValueError if log probabilities (N, k) of distinct `ids` (N, k) cannot be those of a law."""
     if logprobs.size(1) == 0:
         raise ValueError("the teacher's server tells the top 0 tokens: ask it for at least 1")
@@ -450,9 +453,9 @@ def topk_jsd(
 
     Args: student_logits (N, V); ids (N, k), distinct within a row; teacher_logprobs (N, k) of those ids.
     Returns: (N,) values and {"teacher_mass", "student_mass"}: (N,) probability on the named tokens.
-    Raises ValueError for k = 0 and what is no law, see `check_served`.
+    Raises ValueError for k = 0 and what is no law, see `_check_served`.
     """
-    check_served(teacher_logprobs, ids)
+    _check_served(teacher_logprobs, ids)
     logq = F.log_softmax(_wide(student_logits), dim=-1).gather(1, ids).clamp_min(FLOOR)
     logp = teacher_logprobs.to(logq.dtype).clamp_min(FLOOR)
     log_mass_q, log_mass_p = logq.logsumexp(-1), logp.logsumexp(-1)
