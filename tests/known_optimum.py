@@ -441,7 +441,7 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    from gold_eval import markdown
+    from gold_eval import markdown  # (loss per token, largest gradient) are the worst of beta 0, 0.5 and 1
 
     ends: dict[str, dict[str, dict[str, float]]] = {start: {} for start in ("truth", "random")}
     for setting in SETTINGS:
@@ -452,6 +452,18 @@ def main() -> None:
     rows = [["started at the truth / at random", *SETTINGS]]
     for loss in LOSSES:
         rows.append([loss, *(" / ".join(form(ends[start][setting][loss]) for start in ends) for setting in SETTINGS)])
+    print(markdown(rows))
+    rows = [
+        ["prefix, a real tokenizer", "loss and gradient at the truth: teacher's", "student's", "both", "from random"]
+    ]
+    for setting in REAL:
+        worst = []
+        for sides in ("teacher", "student", "both"):
+            found = np.abs([make_real(setting, sides).at_the_truth(beta) for beta in (0.0, 0.5, 1.0)]).max(0)
+            worst.append(f"{found[0]:.0e}, {found[1]:.0e}")
+        problem = make_real(setting, texts=512)
+        trained = [problem.train("prefix", "random", beta, lr=0.2) for beta in (0.0, 0.5, 1.0)]
+        rows.append([setting, *worst, " / ".join(map(form, trained))])
     print(markdown(rows))
     draw(ends["truth"], Path(__file__).parent.parent / "assets" / "known_optimum.png")
 
