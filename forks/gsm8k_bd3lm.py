@@ -286,10 +286,7 @@ class BlockEngine(gold_buffer.HFSampler):
         self.max_batch_tokens, self.version, self.progress, self.autocast = 2**15, 0, True, net.autocast()
 
     def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
-        """The bound, token by token for all but the first: mean over cfg.draws, of which block size 1 needs one.
-
-        In draw k each block's u is turned by k / draws: it meets all numbers of holes as evenly as can be.
-        """
+        """The bound, token by token for all but the first: mean over cfg.draws, of which block size 1 needs one."""
         out, net, draws = {}, self.net, 1 if self.net.size == 1 else self.cfg.draws
         for batch in gold_buffer.by_length(list(map(len, sequences)), lambda longest: 2**15 // longest, True):
             lengths, put = [len(sequences[i]) for i in batch], lambda x: torch.tensor(x, device=self.device)
@@ -299,7 +296,7 @@ class BlockEngine(gold_buffer.HFSampler):
             nll = torch.zeros(x0.shape, dtype=torch.float64, device=self.device)
             for k in range(draws):
                 order = noise([[self.cfg.seed, 5, i, k] for i in batch], lengths, net.size)[1]
-                with self._reading():
+                with self._reading():  # each block's u is turned: it meets all numbers of holes as evenly as can be
                     holes, weight, side = net.read(x0, keys, (u + k / draws) % 1, order)
                     nll[holes] += weighted_loss(weight, side).values.double() / draws
             out |= {i: -row[1:n] for i, n, row in zip(batch, lengths, nll.cpu().numpy())}
