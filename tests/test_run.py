@@ -284,9 +284,9 @@ def test_samples_without_a_scored_token_are_counted_and_warned_about(models, tmp
     cfg = config(models, write_rows(tmp_path / "rows.jsonl", str), tmp_path / "out", max_steps=1, lmbda=1.0)
     real = gold_buffer.HFSampler.generate
 
-    def only_special(self, requests, *args):
-        rollouts = real(self, requests, *args)
-        for rollout in rollouts:
+    def only_special(self, requests, sampling):
+        rollouts = real(self, requests, sampling)
+        for rollout in rollouts if sampling.max_new_tokens == cfg.max_completion_length else ():  # not the self-check
             rollout.completion_ids, rollout.finished = [start_id] * len(rollout.completion_ids), False
         return rollouts
 
