@@ -600,7 +600,8 @@ class WindowBuffer:
         self.weights_of, self.last_step, self.lag, self.teacher_answers = weights_of, last_step, lag, teacher_answers
         self.dtype, self.pending = dtype, {}  # windows on the way, by step
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._work, args=(engine_stream(),), daemon=True, name="sampler").start()
+        self.thread = threading.Thread(target=self._work, args=(engine_stream(),), daemon=True, name="sampler")
+        self.thread.start()
 
     def _work(self, stream) -> None:
         with torch.cuda.stream(stream):
@@ -689,6 +690,7 @@ class WindowBuffer:
         """End the thread and the engine. Windows that nobody asked for any more are made to the end first."""
         self._wait(self.pending.values())
         self.queue.put(None)
+        self.thread.join()  # one that is in torch's code when the interpreter ends would abort the process
         if self.sampler is not None:
             self.sampler.close()
 

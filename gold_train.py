@@ -184,13 +184,15 @@ def one_clear_line() -> Iterator[None]:
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGINT are remembered, for the loop to end after this step; the second one is obeyed at once."""
-    seen: list[int] = []
+    """SIGTERM and SIGINT are remembered, for the loop to end after this step; one a second later is obeyed at once."""
+    seen, since = [], [math.inf]  # a launcher with several threads sends one signal for each as it dies
 
     def remember(number, frame):
+        if time.monotonic() > since[0] + 1.0:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        since[0] = min(since[0], time.monotonic())
         seen.append(number)
-        for n in before:
-            signal.signal(n, signal.SIG_DFL)
 
     before = {}
     if threading.current_thread() is threading.main_thread():

@@ -16,7 +16,6 @@ import torch
 from conftest import byte_level, metaspace, tiny_llama
 from test_train import ALONE, ROOT, call, command, config, data, metrics, models, save, start, weights, write_rows
 
-import gold_buffer
 import gold_train
 
 __all__ = ["data", "models"]  # fixtures
@@ -278,21 +277,27 @@ def test_a_gradient_of_exactly_zero_is_said(models, data, tmp_path, capsys):
     assert "the gradient is exactly 0" in capsys.readouterr().out
 
 
-def test_samples_without_a_scored_token_are_counted_and_warned_about(models, tmp_path, capsys):
+def test_samples_without_a_scored_token_are_counted_and_warned_about(models, tmp_path, monkeypatch, capsys):
     """A student that writes one special token again and again."""
     start_id = byte_level().convert_tokens_to_ids("<|im_start|>")
     cfg = config(models, write_rows(tmp_path / "rows.jsonl", str), tmp_path / "out", max_steps=1, lmbda=1.0)
-    real = gold_buffer.HFSampler.generate
+    real = gold_train.open_sampler
 
-    def only_special(self, requests, sampling):
-        rollouts = real(self, requests, sampling)
-        for rollout in rollouts if sampling.max_new_tokens == cfg.max_completion_length else ():  # not the self-check
-            rollout.completion_ids, rollout.finished = [start_id] * len(rollout.completion_ids), False
-        return rollouts
+    def only_special(*args):
+        sampler = real(*args)
+        generate = sampler.generate
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gold_buffer.HFSampler, "generate", only_special)
-        gold_train.train(cfg, ALONE)
+        def say_nothing(requests, sampling):
+            rollouts = generate(requests, sampling)
+            for rollout in rollouts:
+                rollout.completion_ids, rollout.finished = [start_id] * len(rollout.completion_ids), False
+            return rollouts
+
+        sampler.generate = say_nothing
+        return sampler
+
+    monkeypatch.setattr(gold_train, "open_sampler", only_special)
+    gold_train.train(cfg, ALONE)
     assert metrics(cfg.output_dir)[0]["align/unscored"] == 1.0
     assert "without a single scored token" in capsys.readouterr().out
 
