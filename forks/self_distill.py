@@ -5,7 +5,7 @@
 Expected, of 512 held-out puzzles: before 16.0 %, after 40.6 %, the copy with the hint 87.9 %, answers alone (the same
 1,000 puzzles and 300 steps, but trained on what stands in the data set) 61.1 %. Seed 0, 2 shared CPU cores, 3.2 minutes
 of one, 2026-11-26. So hints do teach what the student cannot do without them, and where good answers exist, they teach
-more; with hints for 8,000 puzzles instead of 1,000 the student reaches 51.6 %.
+more; with PRACTICE = 8000 puzzles the student reaches 51.6 %.
 
 The recipe for your own models needs no fork: --teacher-model is the --student-model's directory, --lmbda 1, and
 --teacher-prompt-template names the column with the hint. What to copy here: the stages, each a Config for
@@ -28,7 +28,8 @@ import gold_eval
 import gold_train
 
 TEMPLATE = "{prompt} Hint: {hint}"
-SCHOOL_STEPS, STEPS, QUESTIONS = 400, 300, 512
+SCHOOL_STEPS, STEPS = 400, 300
+HINTED, PLAIN, PRACTICE, QUESTIONS = 8000, 1000, 1000, 512  # puzzles: at school, to teach itself with, held out
 SCHOOL = gold_train.Config(
     max_length=128, max_completion_length=64, per_device_train_batch_size=64, gradient_accumulation_steps=1,
     lmbda=0.0, ce_weight=1.0, learning_rate=3e-3, weight_decay=0.01, beta=0.0, save_steps=100,
@@ -64,11 +65,11 @@ def main() -> dict[str, float]:
     cfg, ranks = gold_train.parse(SCHOOL), gold_train.setup_ranks()
     out = Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    rows, test = puzzles(9000), puzzles(QUESTIONS, test=True)
+    rows, test = puzzles(HINTED + PRACTICE), puzzles(QUESTIONS, test=True)
     texts = [f"{with_hint(row)['prompt'][0]['content']}\n{row['completion']}" for row in rows[:2000]]
     gold_train.make_model(out / "init", texts, True, hidden=96, layers=3, seed=cfg.seed)
-    school = write(out / "school.jsonl", [*map(with_hint, rows[:8000]), *rows[:1000]])
-    practice = write(out / "practice.jsonl", rows[8000:])
+    school = write(out / "school.jsonl", [*map(with_hint, rows[:HINTED]), *rows[:PLAIN]])
+    practice = write(out / "practice.jsonl", rows[HINTED:])
     plain, hinted = write(out / "test.jsonl", test), write(out / "test_hint.jsonl", list(map(with_hint, test)))
     student = str(out / "school" / "checkpoints" / "latest")
     alone = replace(cfg, student_model=student, dataset=practice, max_steps=STEPS)

@@ -286,7 +286,7 @@ def test_a_bad_template_is_one_line_before_any_weights_are_read(name, models, da
 def test_a_kill_and_a_resume_change_nothing_even_if_the_file_of_the_template_is_gone(
     models, data, tmp_path, monkeypatch
 ):
-    cfg = config(models, data, tmp_path / "whole", max_steps=20, save_steps=2, teacher_prompt_template=HINT)
+    cfg = config(models, data, tmp_path / "whole", max_steps=14, save_steps=2, teacher_prompt_template=HINT)
     gold_train.train(cfg, ALONE)
     (tmp_path / "hint.txt").write_text(HINT + "\n")
     cut = dataclasses.replace(cfg, output_dir=str(tmp_path / "cut"), teacher_prompt_template=str(tmp_path / "hint.txt"))
@@ -294,7 +294,7 @@ def test_a_kill_and_a_resume_change_nothing_even_if_the_file_of_the_template_is_
     wait_for_steps(tmp_path / "cut", process, 5)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert gold_train.newest_checkpoint(tmp_path / "cut" / "checkpoints", print).name < "step-000020"
+    assert gold_train.newest_checkpoint(tmp_path / "cut" / "checkpoints", print).name < "step-000014"
     (tmp_path / "hint.txt").unlink()
     monkeypatch.setattr("sys.argv", ["gold_train.py", "--resume", "--output-dir", cut.output_dir])
     gold_train.main()
@@ -385,10 +385,11 @@ def test_the_self_distilling_fork_moves_the_student_towards_its_copy_that_reads_
     """A few steps of every stage: the distance to the hinted copy shrinks, on prompts without a hint."""
     import self_distill
 
-    monkeypatch.setattr(self_distill, "QUESTIONS", 8)
-    monkeypatch.setattr(self_distill, "SCHOOL_STEPS", 24)
-    monkeypatch.setattr(self_distill, "STEPS", 10)
-    monkeypatch.setattr("sys.argv", ["self_distill.py", "--output-dir", str(tmp_path / "out")])
+    out = str(tmp_path / "out")
+    fewer = {"SCHOOL_STEPS": 24, "STEPS": 10, "HINTED": 800, "PLAIN": 100, "PRACTICE": 100, "QUESTIONS": 8}
+    for name, value in fewer.items():
+        monkeypatch.setattr(self_distill, name, value)
+    monkeypatch.setattr("sys.argv", ["self_distill.py", "--output-dir", out, "--per-device-train-batch-size", "16"])
     shares = self_distill.main()
     assert list(shares) == ["before", "after", "before, with the hint", "answers alone"]
     losses = [row["actor/loss"] for row in metrics(tmp_path / "out" / "self")]
