@@ -678,11 +678,6 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def append_json(path: Path, value: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(value) + "\n")
-
-
 WARNINGS = "warnings.jsonl"
 RECORDS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", WARNINGS)
 
@@ -1240,7 +1235,7 @@ def save_samples(path: Path, step: int, window: gold_buffer.Window, tokenizer) -
     for s in window.samples[:4]:
         prompt, completion = (tokenizer.decode(ids) for ids in (s.prompt_ids, s.completion_ids))
         entry = {"step": step, "on_policy": s.on_policy, "finished": s.finished, "version": s.version}
-        append_json(path, entry | {"prompt": prompt, "completion": completion})
+        gold_eval.append_jsonl(path, entry | {"prompt": prompt, "completion": completion})
 
 
 TRUNCATED_SHARE, TRUNCATED_STEPS = 0.5, 20  # more than this share of the completions cut, this many steps in a row
@@ -1318,14 +1313,14 @@ class Records:
             self.evaluate(step, final=step == max_steps)
 
     def log(self, row: dict[str, float], window: gold_buffer.Window) -> None:
-        append_json(self.out / "metrics.jsonl", row)
+        gold_eval.append_jsonl(self.out / "metrics.jsonl", row)
         if row["step"] == 1 or every(SAMPLE_STEPS, row["step"]):
             save_samples(self.out / "samples.jsonl", row["step"], window, self.tokenizer)
         self.rows = [*self.rows, row][-TRUNCATED_STEPS:]
         for metric, text in warnings(self.rows, self.cfg, window, self.tokenizer, self.ends).items():
             if metric not in self.said:  # once in a run, resumes included
                 self.say(f"warning: step {row['step']}: {text}")
-                append_json(self.out / WARNINGS, {"step": row["step"], "metric": metric, "warning": text})
+                gold_eval.append_jsonl(self.out / WARNINGS, {"step": row["step"], "metric": metric, "warning": text})
             self.said.add(metric)
         self.run.log({"train/step": row["step"]} | {k: v for k, v in row.items() if k != "step"})
         text = f"loss {row['actor/loss']:.4f} |g| {row['actor/grad_norm']:.2f} len {row['response_seq_len/mean']:.0f}"

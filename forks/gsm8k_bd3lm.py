@@ -405,7 +405,7 @@ def train(cfg: Config, ranks: gold_train.Ranks) -> dict:
             bar.set_postfix_str(f"loss {row['actor/loss']:.4f} |g| {norm:.2f}")
             if not master:
                 continue
-            gold_train.append_json(out / "metrics.jsonl", row)
+            gold_eval.append_jsonl(out / "metrics.jsonl", row)
             if gold_train.every(cfg.save_steps, step) or step == cfg.max_steps:
                 state = {"step": step, "config": asdict(cfg), "average": average, "optimizer": optimizer.state_dict()}
                 state["weights"] = {name: p.data.clone() for name, p in parameters.items()}
