@@ -317,7 +317,6 @@ def check(cfg: Config, ranks: Ranks) -> None:
         "eval_steps has nothing to evaluate: name --eval-tasks or an --eval-ratio": evaluated or not c.eval_steps,
         f"save_best {c.save_best} is not among the numbers of the eval_tasks: {numbers}": c.save_best in best,
         "early_stop needs save_best: what should get better?": not c.early_stop or c.save_best,
-        "eval_gpu is auto, same, cpu or an index": c.eval_gpu in ("auto", "same", "cpu") or c.eval_gpu.isdigit(),
         f"--wandb-mode {c.wandb_mode} needs wandb: pip install wandb": c.wandb_mode == "disabled"
         or util.find_spec("wandb"),
     }
@@ -351,13 +350,13 @@ def gpus(cfg: Config, *names: str) -> set[int]:
 def eval_device(cfg: Config, ranks: Ranks) -> str:
     """Device of the evaluation child. Raises ValueError for a GPU that a training rank or the teacher uses."""
     used = gpus(cfg, "teacher_device", "sampler_device") | {*range(ranks.local_world_size)}
-    free, asked = [i for i in range(torch.cuda.device_count()) if i not in used], cfg.eval_gpu
-    what = f"training and teacher use GPUs {sorted(used)}: choose one of {free}, start fewer ranks, or use same or cpu"
-    need(not asked.isdigit() or int(asked) in free, f"eval_gpu {asked} is not free, {what}")
-    if asked == "cpu" or not torch.cuda.is_available():
+    free = [str(i) for i in range(torch.cuda.device_count()) if i not in used]
+    why = f"GPUs {sorted(used)} train and teach: choose auto, same, cpu or one of {free}, or start fewer ranks"
+    need(cfg.eval_gpu in ("auto", "same", "cpu", *free), f"eval_gpu {cfg.eval_gpu} is not free. {why}")
+    if cfg.eval_gpu == "cpu" or not torch.cuda.is_available():
         return "cpu"
-    own = free[0] if asked == "auto" and free else ranks.local_rank
-    return f"cuda:{asked if asked.isdigit() else own}"
+    chosen = {"same": ranks.local_rank, "auto": (*free, ranks.local_rank)[0]}
+    return f"cuda:{chosen.get(cfg.eval_gpu, cfg.eval_gpu)}"
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
@@ -960,12 +959,12 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             stack.enter_context(run_folder(cfg, ranks))
             run = setup(cfg, ranks, say)
         seen, parts, records = signals(stack), run.parts, run.records
-        finished, stop, told = run.step >= run.max_steps, 0.0, parts.teacher is not None
+        finished, stop, taught = run.step >= run.max_steps, 0.0, parts.teacher is not None
         saved = trained = time.perf_counter()
 
         while not finished:
             started, stats, lr = time.perf_counter(), Stats(), get_lr(cfg, run.step, run.max_steps)
-            stats.mean("timing/other", [started - trained])  # records, evaluation, checkpoint before
+            seconds = {"other": started - trained}  # records, evaluation, checkpoint before
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
 
@@ -973,14 +972,14 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             # 2) generate: the student answers the on-policy prompts in one call; with lag > 0 it has done so already
             window = run.buffer.get(run.step)
             samples = sorted(window.samples, key=lambda s: -len(s.prompt_ids) - len(s.completion_ids))
-            scored = sum(s.num_tokens for s in samples) if told else 0
+            scored = sum(s.num_tokens for s in samples) if taught else 0
             written = sum(len(s.completion_ids) for s in samples if not s.on_policy)
             counts = [max(1.0, n) for n in sum_over_ranks([scored, written], ranks.device)]
             generated = time.perf_counter()
 
             for micro_step in range(steps):
                 part = samples[micro_step * size : (micro_step + 1) * size]
-                batch = gold_data.collate(part, with_teacher=told).to(ranks.device)
+                batch = gold_data.collate(part, with_teacher=taught).to(ranks.device)
                 # gradients are averaged over ranks with the last micro-batch only
                 parts.model.require_backward_grad_sync = micro_step == steps - 1
                 # 3) teacher: the same text in its own tokens, after its own prompt; only hidden states come back
@@ -998,12 +997,10 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
 
             # 6) log; what one rank knows of the time or a signal is told to all with the same sums
             trained = time.perf_counter()
-            stats.mean("timing/wait", [generated - started])
-            stats.mean("timing/train", [trained - generated])
-            stats.mean("timing/step", [trained - started])
+            seconds |= {"wait": generated - started, "train": trained - generated, "step": trained - started}
             stats.max("stop", 2.0 if seen else float(records is not None and 0 < cfg.early_stop <= records.since_best))
             stats.max("save", float(0 < cfg.save_minutes <= (trained - saved) / 60))
-            row = log_row(cfg, run, lr, grad_norm, window, stats, counts, ranks)
+            row = log_row(cfg, run, lr, grad_norm, window, stats, counts, seconds, ranks)
             stop, save = row.pop("stop"), row.pop("save")
             finished = run.step == run.max_steps or stop > 0
             due = every(cfg.eval_steps, run.step) or finished and stop < 2
@@ -1094,7 +1091,7 @@ def close(run: Run, ranks: Ranks, last: bool, seen: list[int]) -> bool:
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by the vendor
 
 
-def log_row(cfg, run, lr, grad_norm, window, stats, counts, ranks) -> dict[str, float]:
+def log_row(cfg, run, lr, grad_norm, window, stats, counts, seconds, ranks) -> dict[str, float]:
     """Everything metrics.jsonl says about one step (README, Metrics)."""
     samples, lengths = window.samples, [len(s.completion_ids) for s in window.samples]
     aligned = [s.alignment for s in samples if s.alignment is not None]
@@ -1113,8 +1110,8 @@ def log_row(cfg, run, lr, grad_norm, window, stats, counts, ranks) -> dict[str, 
         stats.max("align/largest_span", int(np.maximum(student, teacher).max(initial=0)))
     if aligned:
         stats.mean("align/unscored", [s.num_tokens == 0 for s in samples])
-    for name, seconds in window.seconds.items():
-        stats.mean(f"timing/{name}", [seconds])
+    for name, taken in (window.seconds | seconds).items():
+        stats.mean(f"timing/{name}", [taken])
     card = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
     if card:
         stats.max("perf/peak_memory_gb", torch.cuda.max_memory_allocated() / 2**30)
