@@ -180,8 +180,9 @@ def one_clear_line() -> Iterator[None]:
         raise SystemExit(f"gold_train.py: {e}") from e
 
 
-def signals(stack: ExitStack) -> list[int]:
-    """SIGTERM and SIGINT are remembered until the stack ends; one more, a second later, is obeyed at once."""
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT are remembered, for the loop to end after this step; one a second later is obeyed at once."""
     seen, times = [], []
 
     def remember(number, frame):
@@ -191,9 +192,10 @@ def signals(stack: ExitStack) -> list[int]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ():
-        stack.callback(signal.signal, number, signal.signal(number, remember))
-    return seen
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ():
+            stack.callback(signal.signal, number, signal.signal(number, remember))
+        yield seen
 
 
 class Ranks(NamedTuple):
@@ -613,7 +615,8 @@ def save_model(folder: Path, model, tokenizer, dtype: torch.dtype = torch.float3
 def save_checkpoint(folder: Path, state: dict, model, tokenizer, keep: int) -> None:
     """Write step-N so that a kill at any instant leaves the previous checkpoint or this one, never half of one."""
     final, link, latest = folder / f"step-{state['step']:06d}", folder / ".latest", folder / "latest"
-    discard(temporary := folder / f".{final.name}")
+    temporary = folder / f".{final.name}"
+    discard(temporary)
     save_model(temporary, model, tokenizer)
     torch.save(state, temporary / "trainer.pt")
     files = [path for path in temporary.rglob("*") if path.is_file()]
@@ -958,7 +961,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             cfg = replace(cfg, teacher_prompt_template=text)
             stack.enter_context(run_folder(cfg, ranks))
             run = setup(cfg, ranks, say)
-        seen, parts, records = signals(stack), run.parts, run.records
+        seen, parts, records = stack.enter_context(signals()), run.parts, run.records
         finished, stop, taught = run.step >= run.max_steps, 0.0, parts.teacher is not None
         saved = trained = time.perf_counter()
 
@@ -972,9 +975,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             # 2) generate: the student answers the on-policy prompts in one call; with lag > 0 it has done so already
             window = run.buffer.get(run.step)
             samples = sorted(window.samples, key=lambda s: -len(s.prompt_ids) - len(s.completion_ids))
-            scored = sum(s.num_tokens for s in samples) if taught else 0
-            written = sum(len(s.completion_ids) for s in samples if not s.on_policy)
-            counts = [max(1.0, n) for n in sum_over_ranks([scored, written], ranks.device)]
+            counts = count_tokens(samples, taught, ranks.device)
             generated = time.perf_counter()
 
             for micro_step in range(steps):
@@ -1019,6 +1020,13 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
                 checkpoint(cfg, run)
                 saved = time.perf_counter()
         return close(run, ranks, last, seen or [signal.SIGTERM] * (stop > 1))
+
+
+def count_tokens(samples: list[Sample], scored: bool, device: torch.device) -> tuple[float, float]:
+    """(scored tokens, tokens of data set completions) of the window over all ranks, at least 1 each."""
+    distilled = sum(s.num_tokens for s in samples) if scored else 0
+    written = sum(len(s.completion_ids) for s in samples if not s.on_policy)
+    return tuple(max(1.0, x) for x in sum_over_ranks([distilled, written], device))
 
 
 def heldout_loss(cfg: Config, parts: Parts, samples: list[Sample], ranks: Ranks) -> float:
