@@ -454,7 +454,7 @@ def pair(cfg: Config, student: Vocabulary, teacher: Vocabulary, device) -> Pairi
         return Pairing("jsd", jsd_pair(cfg, student, teacher, put))
     gold_data.share_markers(student, teacher)
     sizes, at = f"{len(student.tokens)} and {len(teacher.tokens)} entries", cfg.loss_temperature
-    need(name != "none", f"different tokenizers, of {sizes}: choose a --cross-tokenizer-loss, like prefix")
+    need(name != "none", f"different tokenizers ({sizes}): choose a --cross-tokenizer-loss, like prefix")
     need(name == "alm" or cfg.teacher_url is None, f"{name} needs whole laws; a served teacher allows alm only")
     need(
         at == 1 or name not in AT_TEMPERATURE_1,
