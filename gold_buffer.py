@@ -61,6 +61,11 @@ class Sampling:
     min_p: float = 0.0
     end_ids: tuple[int, ...] = ()
 
+    def for_vllm(self) -> dict:
+        """As its engine and its server want it: these end ids, whatever the model's own files say."""
+        law = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        return law | {"stop_token_ids": list(self.end_ids), "ignore_eos": True}
+
 
 @dataclass
 class Rollout:
@@ -181,8 +186,8 @@ class HFSampler:
         ids = put([[0] * p + r.prompt_ids for p, r in zip(pad, requests)])
         mask = put([[0] * p + [1] * (width - p) for p in pad])
         position = (mask.cumsum(1) - 1).clamp_min(0)
-        uniform = [np.random.Generator(np.random.Philox(r.seed)).random(s.max_new_tokens) for r in requests]
-        uniform = put(np.stack(uniform))
+        rngs = (np.random.Generator(np.random.Philox(r.seed)) for r in requests)
+        uniform = put(np.stack([rng.random(s.max_new_tokens) for rng in rngs]))
         room = put([min(s.max_new_tokens, self.limit - len(r.prompt_ids)) for r in requests])
         ends, alive = put(s.end_ids, dtype=torch.long), torch.arange(len(requests), device=self.device)
         cache, steps = DynamicCache(config=self.model.config), []
@@ -191,7 +196,7 @@ class HFSampler:
         for t in range(s.max_new_tokens):
             seen = mask[:, -ids.size(1) :] if recurrent else mask
             z = self.model(input_ids=ids, attention_mask=seen, position_ids=position, **known).logits[:, -1].float()
-            token = _draw(z, uniform[alive, t], s)
+            token = draw(z, uniform[alive, t], s)
             steps.append((alive, token, z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)))
             going = ~torch.isin(token, ends) & (t + 1 < room[alive])
             if not going.all():  # rows that have ended leave the batch
@@ -215,7 +220,7 @@ class HFSampler:
     sleep = close = check
 
 
-def _draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
+def draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
     """One token (B,) per row of logits z (B, V) from uniform numbers u (B,) in [0, 1), by inverting the CDF."""
     if s.temperature == 0:
         return z.argmax(-1)
@@ -277,7 +282,7 @@ class VLLMSampler:
 
     def __init__(
         self, model: str, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
-        revision: str | None = None, max_num_seqs: int = 256, deadline: float = DEADLINE, sleep: bool = False,
+        revision: str | None = None, deadline: float = DEADLINE, sleep: bool = False,
         load_format: Literal["dummy", "auto"] = "dummy",
     ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
@@ -288,23 +293,21 @@ class VLLMSampler:
         self.limit, self.deadline, self.version = max_model_len, deadline, -1 if load_format == "dummy" else 0
         self.window = max_model_len - 2  # of score: the last token is read too, and one more has to be written
         self.until, self.late, self.dead = math.inf, [], False
-        self.collective = tensor_parallel > 1  # every rank of an engine must make every call
-        self.group = None
+        self.collective, self.group = tensor_parallel > 1, None  # every rank of an engine must make every call
         if self.collective:
             self.group, _ = dist.new_subgroups(tensor_parallel, backend="gloo")
             # the CPU engine's shared memory has one name for all runs, and a killed run leaves it behind
             for path in Path("/dev/shm").glob(f"*-cpushm_{dist.get_rank(self.group)}"):
                 path.unlink()
             dist.barrier()
-        self.use_sleep = sleep and torch.cuda.is_available()  # the CPU engine has no sleep mode
-        self.asleep = False
+        self.use_sleep, self.asleep = sleep and torch.cuda.is_available(), False  # the CPU engine has no sleep mode
         self.had_group = dist.is_initialized()
         extra = {"distributed_executor_backend": "external_launcher"} if self.had_group else {}
         extra |= {"kv_cache_memory_bytes": int(memory)} if memory > 1 else {"gpu_memory_utilization": memory}
         environment, set_num_threads = dict(os.environ), torch.set_num_threads
         with keep_rng():
             self.llm = LLM(
-                model=model, revision=revision, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+                model=model, revision=revision, dtype=dtype, max_model_len=max_model_len, max_num_seqs=256,
                 tensor_parallel_size=tensor_parallel, enable_sleep_mode=self.use_sleep,
                 enforce_eager=not torch.cuda.is_available(),  # compiling for a CPU takes too long
                 max_num_batched_tokens=max(4096, max_model_len),  # larger ones mislead the memory profiler
@@ -336,31 +339,23 @@ class VLLMSampler:
             self.version = version
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        if not self.collective:
-            return self._sample(requests, sampling)
-        parts: list = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(parts, requests, group=self.group)  # every rank of an engine gives it all requests
-        before = sum(map(len, parts[: dist.get_rank(self.group)]))
-        return self._sample(sum(parts, []), sampling)[before : before + len(requests)]
-
-    def _sample(self, requests: list[Request], s: Sampling) -> list[Rollout]:
         from vllm import SamplingParams
 
-        params = [
-            SamplingParams(
-                temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p, seed=r.seed,
-                max_tokens=min(s.max_new_tokens, self.limit - len(r.prompt_ids)),
-                stop_token_ids=list(s.end_ids), ignore_eos=True,  # these end ids, whatever the model's own files say
-                logprobs=0, detokenize=False,  # of the sampled token
-            ) for r in requests
-        ]  # fmt: skip
-        found = [out.outputs[0] for out in self._run([r.prompt_ids for r in requests], params)]
-        return [
-            Rollout(
-                list(c.token_ids), [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)],
-                c.finish_reason == "stop", int(c.weight_versions[0].version),
-            ) for c in found
-        ]  # fmt: skip
+        parts, rank = [requests], 0
+        if self.collective:  # every rank of an engine gives it all requests
+            parts, rank = [None] * dist.get_world_size(self.group), dist.get_rank(self.group)
+            dist.all_gather_object(parts, requests, group=self.group)
+        how = sampling.for_vllm() | {"logprobs": 0, "detokenize": False}  # of the sampled token
+        asked, first = sum(parts, []), sum(map(len, parts[:rank]))
+        most = [min(sampling.max_new_tokens, self.limit - len(r.prompt_ids)) for r in asked]
+        params = [SamplingParams(seed=r.seed, max_tokens=n, **how) for r, n in zip(asked, most)]
+        rollouts = []
+        for out in self._run([r.prompt_ids for r in asked], params)[first : first + len(requests)]:
+            c = out.outputs[0]
+            logprobs = [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
+            version = int(c.weight_versions[0].version)
+            rollouts.append(Rollout(list(c.token_ids), logprobs, c.finish_reason == "stop", version))
+        return rollouts
 
     def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
         """As HFSampler.score."""
@@ -461,6 +456,7 @@ class Slot:
     seeds: tuple[int, ...]
 
 
+@dataclass
 class Schedule:
     """Which row is where: a pure function of (seed, step, rank), so that any window can be made again.
 
@@ -470,10 +466,15 @@ class Schedule:
     epoch, and every token counts the same.
     """
 
-    def __init__(self, seed: int, lmbda: float, slots: int, generations: int, rank: int = 0, world_size: int = 1):
-        self.seed, self.lmbda, self.slots, self.generations = seed, lmbda, slots, generations
-        self.rank, self.world_size = rank, world_size
-        self.phase = np.random.default_rng([seed, 1]).random()
+    seed: int
+    lmbda: float
+    slots: int  # prompts of a window, on each rank
+    generations: int  # completions of a slot
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self):
+        self.phase = np.random.default_rng([self.seed, 1]).random()
 
     def _on_policy_before(self, slot: int) -> int:
         return int(np.floor(slot * self.lmbda + self.phase)) if self.lmbda < 1 else slot
@@ -579,27 +580,23 @@ def engine_stream() -> "torch.cuda.Stream | None":
     return torch.cuda.Stream() if torch.cuda.is_available() else None
 
 
+@dataclass
 class WindowBuffer:
-    """Makes windows, `lag` of them ahead of training, in a thread of its own: the only one that uses the engine.
+    """Makes windows, `lag` of them ahead of training, in a thread of its own: the only one that uses the engine."""
 
-    Args:
-        rows: position -> (epoch, index, row), as of RowStream.
-        sampler: answers on-policy prompts as `sampling` says; None if lmbda is 0.
-        weights_of: () -> the student's state dict, as the sampler wants it.
-        last_step: no window is made from this step on.
-        teacher_answers: for seq_kd, (epoch, index, teacher's prompt ids) of off-policy rows -> completions.
-        dtype: of the weights' copy with lag > 0.
-    """
+    schedule: Schedule
+    rows: RowStream  # position -> (epoch, index, row)
+    encoder: Encoder
+    sampler: object | None  # answers on-policy prompts as `sampling` says; None if lmbda is 0
+    sampling: Sampling
+    weights_of: Callable[[], dict]  # the student's state dict, as the sampler wants it
+    last_step: int  # no window is made from this step on
+    lag: int = 0
+    teacher_answers: Callable | None = None  # seq_kd: (epoch, index, teacher's prompt ids) of off-policy rows -> texts
+    dtype: torch.dtype = torch.float32  # of the weights' copy with lag > 0
 
-    def __init__(
-        self, schedule: Schedule, rows, encoder: Encoder, sampler, sampling: Sampling, weights_of, last_step: int,
-        lag: int = 0, teacher_answers=None, dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
-        self.schedule, self.rows, self.encoder = schedule, rows, encoder
-        self.sampler, self.sampling = sampler, sampling
-        self.weights_of, self.last_step, self.lag, self.teacher_answers = weights_of, last_step, lag, teacher_answers
-        self.dtype, self.pending = dtype, {}  # windows on the way, by step
-        self.queue: queue.SimpleQueue = queue.SimpleQueue()
+    def __post_init__(self):
+        self.pending, self.queue = {}, queue.SimpleQueue()  # windows on the way, by step; those to be made
         self.thread = threading.Thread(target=self._work, args=(engine_stream(),), daemon=True, name="sampler")
         self.thread.start()
 
@@ -801,19 +798,14 @@ class LocalTeacher:
         pass
 
 
-def _exit_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _serve_teacher(load, address: str, key: bytes, clients: int, parent: int) -> None:
-    """The process that owns the node's teacher: answers until all `clients` ranks have left, or `parent` is gone.
+def _serve_teacher(load, address: str, key: bytes, clients: int) -> None:
+    """The process that owns the node's teacher: answers until all `clients` ranks have left, or its parent is gone.
 
     An answer is (True, the result) or (False, what went wrong). Tensors go as bytes: multiprocessing's own way, shared
     memory, needs the sender to live on.
     """
-    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    die_with_parent = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=die_with_parent, daemon=True).start()
     teacher = LocalTeacher(load())
     asked = {
         "head": lambda: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in teacher.head.items()},
@@ -851,7 +843,7 @@ class SharedTeacher:
         if local_rank == 0:
             self.folder = tempfile.TemporaryDirectory(prefix="gold-teacher-", dir="/tmp")  # its path may have 107 bytes
             here = (f"{self.folder.name}/socket", os.urandom(16))
-            args, spawn = (load, *here, local_world_size, os.getpid()), multiprocessing.get_context("spawn")
+            args, spawn = (load, *here, local_world_size), multiprocessing.get_context("spawn")
             self.process = spawn.Process(target=_serve_teacher, args=args, daemon=True)
             self.process.start()
         if dist.is_initialized():  # of all addresses, the one that was made on this node
@@ -1025,8 +1017,7 @@ class ServedTeacher:
         return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*parts))
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        settings = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-        settings |= {"max_tokens": sampling.max_new_tokens, "stop_token_ids": sampling.end_ids, "ignore_eos": True}
+        settings = sampling.for_vllm() | {"max_tokens": sampling.max_new_tokens}
         asked = [self.pool.submit(self._complete, r.prompt_ids, seed=r.seed, **settings) for r in requests]
         choices = [future.result() for future in asked]
         if bad := [c for c in choices if not c.get("token_ids")]:
@@ -1037,23 +1028,37 @@ class ServedTeacher:
         self.pool.shutdown(cancel_futures=True)
 
 
+def append_jsonl(path: Path, row: dict) -> None:
+    """Add a line; what a killed run left of one becomes a line of its own first."""
+    with path.open("ab+") as file:
+        torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Its lines, none if there is no such file. A line that is torn, as a kill leaves it, is no line."""
+    rows = []
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+@dataclass
 class TeacherAnswers:
-    """seq_kd: off-policy completions written by the teacher, once per epoch and row, kept on disk.
+    """seq_kd: off-policy completions written by the teacher, once per epoch and row, kept on disk."""
 
-    Args:
-        folder: one JSON-lines file per epoch and rank; what is there is not generated again.
-    """
+    teacher: object
+    vocabulary: Vocabulary  # the teacher's
+    sampling: Sampling
+    folder: Path  # one JSON-lines file per epoch and rank; what is there is not generated again
+    rank: int
+    seed: int
 
-    def __init__(self, teacher, vocabulary: Vocabulary, sampling: Sampling, folder: Path, rank: int, seed: int):
-        self.teacher, self.vocabulary, self.sampling, self.seed = teacher, vocabulary, sampling, seed
-        self.folder, self.rank = folder, rank
-        self.known: dict[tuple[int, int], tuple[str, bool]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.glob("epoch-*.jsonl")):
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # what a killed run did not finish
-                    entry = json.loads(line)
-                    self.known[entry["epoch"], entry["row"]] = (entry["completion"], entry["finished"])
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        written = [e for path in sorted(self.folder.glob("epoch-*.jsonl")) for e in read_jsonl(path)]
+        self.known = {(e["epoch"], e["row"]): (e["completion"], e["finished"]) for e in written}
 
     def __call__(self, wanted: list[tuple[int, int, list[int]]]) -> list[tuple[str, bool]]:
         """(text, whether the teacher ended it) for each (epoch, index of the row, the teacher's prompt ids)."""
@@ -1066,6 +1071,5 @@ class TeacherAnswers:
             text = content.decode(errors="replace")
             self.known[epoch, index] = (text, r.finished)
             entry = {"epoch": epoch, "row": index, "completion": text, "finished": r.finished}
-            with (self.folder / f"epoch-{epoch}.rank-{self.rank}.jsonl").open("a") as file:
-                file.write("\n" + json.dumps(entry))  # in front, so that a torn line spoils no other
+            append_jsonl(self.folder / f"epoch-{epoch}.rank-{self.rank}.jsonl", entry)
         return [self.known[epoch, index] for epoch, index, _ in wanted]

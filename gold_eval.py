@@ -45,6 +45,7 @@ import tyro
 
 import gold_buffer
 import gold_data
+from gold_buffer import append_jsonl, read_jsonl
 from gold_data import Row
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -877,22 +878,6 @@ def plot_classes(models: dict[str, dict[str, dict]], path: str | Path) -> None:
         axes.set(title=task, ylabel="% of answers")
         axes.legend()
     figure.savefig(path, dpi=130)
-
-
-def append_jsonl(path: Path, row: dict) -> None:
-    """Add a line; what a killed run left of one becomes a line of its own first."""
-    with path.open("ab+") as file:
-        torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Its lines, none if there is no such file. A line that is torn, as a kill leaves it, is no line."""
-    rows = []
-    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def read_run(folder: str | Path) -> dict[str, dict[int, float]]:
