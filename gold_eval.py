@@ -103,32 +103,32 @@ def calculate(text: str) -> tuple[Fraction, list[int]]:
     Raises ValueError for anything else or what is too long or too deep, ZeroDivisionError for a division by zero.
     """
     tokens, used = ["", *reversed(re.findall(r"[0-9]+|\S", text))], []  # taken from the back; "" is the end
+
+    def take(level: int, depth: int) -> Fraction:
+        """A sum (level 0), a product (1) or a signed number or parenthesis (2)."""
+        if level < 2:
+            value = take(level + 1, depth)
+            while tokens[-1] in OPERATORS[level]:
+                value = OPERATORS[level][tokens.pop()](value, take(level + 1, depth))
+            return value
+        token = tokens.pop()
+        if token in OPERATORS[0]:
+            return OPERATORS[0][token](0, take(2, depth))
+        if token == "(" and depth < MAX_DEPTH:
+            value = take(0, depth + 1)
+            if tokens.pop() == ")":
+                return value
+        if not INTEGER.fullmatch(token):
+            raise ValueError(f"{token!r} is not expected")
+        used.append(int(token))
+        return Fraction(token)
+
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{len(text)} characters")
-    value = _calculate(tokens, used)
+    value = take(0, 0)
     if tokens != [""]:
         raise ValueError(f"{tokens[-1]!r} is not expected")
     return value, used
-
-
-def _calculate(tokens: list[str], used: list[int], level: int = 0, depth: int = 0) -> Fraction:
-    """Takes a sum (level 0), a product (1) or a signed number or parenthesis (2)."""
-    if level < 2:
-        value = _calculate(tokens, used, level + 1, depth)
-        while tokens[-1] in OPERATORS[level]:
-            value = OPERATORS[level][tokens.pop()](value, _calculate(tokens, used, level + 1, depth))
-        return value
-    token = tokens.pop()
-    if token in OPERATORS[0]:
-        return OPERATORS[0][token](0, _calculate(tokens, used, 2, depth))
-    if token == "(" and depth < MAX_DEPTH:
-        value = _calculate(tokens, used, 0, depth + 1)
-        if tokens.pop() == ")":
-            return value
-    if not INTEGER.fullmatch(token):
-        raise ValueError(f"{token!r} is not expected")
-    used.append(int(token))
-    return Fraction(token)
 
 
 def classify(text: str, nums: Iterable[int], target: int, rule: Literal["exact", "at_most"] = "exact") -> str:
@@ -316,8 +316,8 @@ def parse_tasks(tasks: Iterable[str]) -> list[Task]:
             raise ValueError(f"task {name!r} is there twice: results are kept by task, so score the second one apart")
         found[name] = replace(TASKS[name], name=name)
         if dataset:  # all of the split: the slice was for the other data set
-            split = found[name].split.partition("[")[0]
-            found[name] = replace(found[name], dataset=dataset, subset=None, split=split)
+            whole = found[name].split.partition("[")[0]
+            found[name] = replace(found[name], dataset=dataset, subset=None, split=whole)
     return list(found.values())
 
 
@@ -555,16 +555,7 @@ def perplexity(model, tokenizer, task: Task, options: Options) -> tuple[dict, li
 
 MAIN = ("/accuracy", "/bits_per_byte")  # the number that stands for a task
 SMALL = ("perplexity", "bits_per_byte")  # better if small
-MEASURED = (
-    "n",
-    "tokens",
-    "seconds",
-    "se",
-    "bytes",
-    *SMALL,
-    *(f"answer_{name}" for name in SMALL),
-    "wrapped_perplexity",
-)
+MEASURED = ("n", "tokens", "seconds", "se", "bytes", *SMALL, *(f"answer_{x}" for x in SMALL), "wrapped_perplexity")
 GRADED = ("n", "tokens", "seconds", "se", "samples", "correct", "accuracy", "truncated", "too_long")
 
 
@@ -749,12 +740,12 @@ class Evaluator:
         finally:
             timer.cancel()
             timer.join()
-        if answer is None and (late.is_set() or self.cut_short):
-            answer = {"status": "timeout", "error": "no answer in time, child killed"}
-        elif answer is None:
-            stop(self.child, grace=5.0)
-            answer = {"status": "crashed", "error": f"exit code {self.child.returncode}, see {self.out}/eval.log"}
-        return answer
+        if answer is not None:
+            return answer
+        if late.is_set() or self.cut_short:
+            return {"status": "timeout", "error": "no answer in time, child killed"}
+        stop(self.child, grace=5.0)
+        return {"status": "crashed", "error": f"exit code {self.child.returncode}, see {self.out}/eval.log"}
 
 
 def stop(child: subprocess.Popen | None, grace: float = 0.0) -> None:
@@ -803,14 +794,11 @@ def serve(setup: str) -> None:
                 weights = gold_buffer.load_model(job["dir"], job["revision"], options.torch_dtype(device), "cpu")
                 model.load_weights(weights.state_dict(), job["step"] or 0)
             save_to = f"{setup['out']}/completions/{name}"
-            answer = {
-                "status": "ok",
-                "results": evaluate(model, tokenizer, setup["tasks"], save_to, **setup["options"]),
-            }
+            results = evaluate(model, tokenizer, setup["tasks"], save_to, **setup["options"])
         except Exception:
             print(json.dumps({"status": "error", "error": traceback.format_exc()}), file=answers)
             raise
-        print(json.dumps(answer), file=answers)
+        print(json.dumps({"status": "ok", "results": results}), file=answers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -820,20 +808,18 @@ def serve(setup: str) -> None:
 def table(results: dict[str, dict]) -> str:
     """Markdown table of one task from {model: result}, in the layout of the published Countdown tables."""
     found = list(dict.fromkeys(key for r in results.values() for key in r))
-    if "accuracy" not in found:
+    if "accuracy" in found:
+        classes = list(dict.fromkeys(c for r in results.values() for c in r["classes"] if c != "ok"))
+        rates = ["truncated", *(key for key in found if key.startswith(("accuracy_", "pass@")))]
+        heading = ["correct", "accuracy", *classes, *rates]
+        score = lambda r: f"{100 * r['accuracy']:.2f} ± {100 * r['se']:.2f} %"
+        shares = lambda r: (f"{100 * r[key]:.2f} %" if key in r else "-" for key in rates)
+        cells = lambda r: [r["correct"], score(r), *(r["classes"].get(c, 0) for c in classes), *shares(r)]
+    else:
         names = [name for name in found if name.endswith(SMALL)]
-        numbers = {
-            m: [*(f"{r[n]:.4f}" if n in r else "-" for n in names), r["n"], r["tokens"]] for m, r in results.items()
-        }
-        return markdown([["model", *names, "rows", "tokens"], *([model, *cells] for model, cells in numbers.items())])
-    classes = list(dict.fromkeys(c for r in results.values() for c in r["classes"] if c != "ok"))
-    rates = ["truncated", *(key for key in found if key.startswith(("accuracy_", "pass@")))]
-    rows = [["model", "correct", "accuracy", *classes, *rates]]
-    for model, r in results.items():
-        score = f"{100 * r['accuracy']:.2f} ± {100 * r['se']:.2f} %"
-        shares = (f"{100 * r[key]:.2f} %" if key in r else "-" for key in rates)
-        rows.append([model, r["correct"], score, *(r["classes"].get(c, 0) for c in classes), *shares])
-    return markdown(rows)
+        heading = [*names, "rows", "tokens"]
+        cells = lambda r: [*(f"{r[name]:.4f}" if name in r else "-" for name in names), r["n"], r["tokens"]]
+    return markdown([["model", *heading], *([model, *cells(r)] for model, r in results.items())])
 
 
 def markdown(rows: list[list]) -> str:
