@@ -32,7 +32,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import Literal
 
@@ -119,8 +118,7 @@ class HFSampler:
         self.own, self.max_batch_tokens, self.version, self.progress = own, max_batch_tokens, 0, progress
         self.limit = self.window = min(positions(model.config), limit)  # window: tokens that score reads at a time
         self.end_ids = ids_of(model.generation_config.eos_token_id)
-        self.device = next(model.parameters()).device
-        self.model = model
+        self.model, self.device = model, next(model.parameters()).device
         on = self.device.type == "cuda" and dtype == torch.bfloat16
         self.autocast = torch.autocast("cuda", torch.bfloat16) if on else contextlib.nullcontext()
         self.exact = not on and model.dtype != torch.bfloat16
@@ -493,10 +491,9 @@ class Schedule:
         out = []
         for g in range(first, first + self.slots):
             on_policy = self._on_policy_before(g + 1) > self._on_policy_before(g)
-            row = self.rows_before(g)
-            rows = (row,) if on_policy else tuple(range(row, row + self.generations))
+            rows = tuple(range(self.rows_before(g), self.rows_before(g + 1)))
             seeds = np.random.SeedSequence([self.seed, 2, g]).generate_state(self.generations)
-            out.append(Slot(on_policy, rows, tuple(int(x) for x in seeds)))
+            out.append(Slot(on_policy, rows, tuple(seeds.tolist())))
         return out
 
 
@@ -511,8 +508,7 @@ class RowStream:
         """(epoch, index of the row) of a position."""
         epoch, within = divmod(position, len(self.rows))
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, 3, epoch]).permutation(len(self.rows))
-            self._epoch = epoch
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, 3, epoch]).permutation(len(self.rows))
         return epoch, int(self._order[within])
 
     def __getitem__(self, position: int) -> tuple[int, int, Row]:
@@ -546,14 +542,13 @@ class Encoder:
 
         No more of a text is encoded than could be kept if all of its tokens were as long as the longest there is.
         """
-        most = self.max_completion_length * int(self.student.lengths.max())
+        room = self.max_completion_length
+        most = room * int(self.student.lengths.max())
         whole, text = whole and len(text) <= most, self.student.normal(text[:most])
         ids, ends = self.student.encode(text.encode())
         whole = whole and (self.student.lossy or (int(ends[-1]) if len(ends) else 0) == len(text.encode()))
         ids = list(ids) + ([self.student.ends[0]] if whole else [])
-        if len(ids) > self.max_completion_length:
-            return ids[: self.max_completion_length], False
-        return ids, whole
+        return ids[:room], whole and len(ids) <= room
 
     def known(self, ids: list[int]) -> list[int]:
         """Up to the first id that is only padding of the student's head: the teacher may have no row for it."""
@@ -617,16 +612,13 @@ class WindowBuffer:
         Starts the windows up to step + lag from these weights. Raises what the making of any window has raised.
         """
         new = [s for s in range(step, min(step + self.lag + 1, self.last_step)) if s not in self.pending]
-        drawn = {s: self.schedule.draw(s) for s in new}
-        weights = None
-        if drawn and self.sampler is not None:
-            weights = self.weights_of()
-            if self.lag:  # training goes on while they are used
-                weights = _copies(weights, self.dtype)
+        weights = self.weights_of() if new and self.sampler is not None else None
+        if weights is not None and self.lag:  # training goes on while they are used
+            weights = _copies(weights, self.dtype)
         ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
-        for ahead, slots in drawn.items():
+        for ahead in new:
             self.pending[ahead] = Future()
-            self.queue.put((self.pending[ahead], ready, (ahead, slots, weights, step)))
+            self.queue.put((self.pending[ahead], ready, (ahead, weights, step)))
         self._wait([self.pending[step]])
         for future in [f for f in self.pending.values() if f.done()]:
             future.result()
@@ -637,12 +629,12 @@ class WindowBuffer:
             if self.sampler is not None:
                 self.sampler.check()  # the thread cannot, if it hangs inside the engine
 
-    def make(self, step: int, slots: list[Slot], weights: dict[str, Tensor] | None, version: int) -> Window:
+    def make(self, step: int, weights: dict[str, Tensor] | None, version: int) -> Window:
         """The window of `step`, sampled from `weights`, those of `version` finished steps."""
         start, seconds, samples = time.perf_counter(), {"sync": 0.0}, []
         requests: list[tuple[Sample, Request]] = []
         answers: list[tuple[Sample, int, str | None]] = []  # with epoch and the row's own text
-        for slot in slots:
+        for slot in self.schedule.draw(step):
             found = [self.rows[position] for position in slot.rows]
             for j, seed in enumerate(slot.seeds):
                 epoch, index, row = found[0 if slot.on_policy else j]
@@ -812,7 +804,7 @@ def _serve_teacher(load, address: str, key: bytes, clients: int) -> None:
         "hidden": lambda ids, rows: teacher.hidden(ids, rows).cpu(),
         "generate": teacher.generate,
     }
-    with Listener(address, family="AF_UNIX", authkey=key, backlog=64) as listener:
+    with multiprocessing.connection.Listener(address, family="AF_UNIX", authkey=key, backlog=64) as listener:
         ranks = [listener.accept() for _ in range(clients)]
     while ranks:
         for connection in multiprocessing.connection.wait(ranks):
@@ -857,7 +849,7 @@ class SharedTeacher:
             if time.monotonic() > until:
                 raise TimeoutError(f"the teacher was not ready after {timeout:.0f} s")
             try:
-                self.connection = Client(here[0], family="AF_UNIX", authkey=here[1])
+                self.connection = multiprocessing.connection.Client(here[0], family="AF_UNIX", authkey=here[1])
             except (FileNotFoundError, ConnectionRefusedError):
                 time.sleep(0.1)
         self.head = self._ask("head")

@@ -415,12 +415,10 @@ class Options:
 
 def open_model(name: str, revision: str | None, device: str, options: Options):
     """(sampler, tokenizer) of a model directory or Hub id."""
-    from transformers import AutoConfig
-
     tokenizer = gold_data.load_tokenizer(name, revision)
     dtype, limit = options.torch_dtype(device), options.max_length
     if options.engine == "vllm":
-        limit = int(min(limit, gold_buffer.positions(AutoConfig.from_pretrained(name, revision=revision))))
+        limit = int(min(limit, gold_buffer.check_positions(name, revision, 0)))
         memory = 2**28 if device == "cpu" else options.vllm_memory  # there its share would be one of the machine's
         how = {"revision": revision, "deadline": math.inf, "load_format": "auto"}
         return gold_buffer.VLLMSampler(name, limit, str(dtype)[6:], memory, **how), tokenizer
