@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -44,6 +43,12 @@ from tqdm import tqdm
 
 import gold_data
 from gold_data import Row, Sample, Vocabulary
+
+
+def need(ok: object, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # samplers
@@ -103,13 +108,12 @@ class HFSampler:
 
     Args:
         model: a causal LM. `own`: nobody else's, so load_weights writes into it; otherwise it *is* the trained one.
-        dtype: of computations on a GPU.
-        max_batch_tokens: rows are decoded together as long as rows x longest stays below.
+        dtype: of computations on a GPU. max_batch_tokens: rows x longest of what is decoded together stays below.
         limit: tokens of prompt + completion, where the model does not read fewer; a row that has so many ends there.
-        progress: show a bar, where somebody watches.
     """
 
     collective = False  # a rank without requests need not take part
+    check = sleep = close = lambda self: None  # nothing here hangs, has memory to give back or needs an end
 
     def __init__(
         self, model, own: bool = False, dtype=torch.float32, max_batch_tokens: int = 2**17, limit: float = math.inf,
@@ -206,16 +210,10 @@ class HFSampler:
             ids, position = token[:, None], position[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         out = [([], []) for _ in requests]
-        for step in steps:
-            for row, token, logprob in zip(*(x.tolist() for x in step)):
-                out[row][0].append(token)
-                out[row][1].append(logprob)
+        for row, token, logprob in zip(*(torch.cat(x).tolist() for x in zip(*steps))):
+            out[row][0].append(token)
+            out[row][1].append(logprob)
         return out
-
-    def check(self) -> None:
-        """Nothing here hangs, has memory to give back or needs an end: see VLLMSampler."""
-
-    sleep = close = check
 
 
 def draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
@@ -271,7 +269,6 @@ class VLLMSampler:
     half of the weights or requests nobody waits for.
 
     Args:
-        model: directory or Hub id.
         max_model_len: prompt + completion tokens.
         memory: KV cache size in bytes if > 1, share of the device's memory if <= 1.
         deadline: seconds after which one call raises TimeoutError with the unfinished requests.
@@ -281,7 +278,7 @@ class VLLMSampler:
     def __init__(
         self, model: str, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
         revision: str | None = None, deadline: float = DEADLINE, sleep: bool = False,
-        load_format: Literal["dummy", "auto"] = "dummy",
+        load_format: str = "dummy",
     ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -337,18 +334,15 @@ class VLLMSampler:
             self.version = version
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        from vllm import SamplingParams
-
         parts, rank = [requests], 0
         if self.collective:  # every rank of an engine gives it all requests
             parts, rank = [None] * dist.get_world_size(self.group), dist.get_rank(self.group)
             dist.all_gather_object(parts, requests, group=self.group)
-        how = sampling.for_vllm() | {"logprobs": 0, "detokenize": False}  # of the sampled token
-        asked, first = sum(parts, []), sum(map(len, parts[:rank]))
-        most = [min(sampling.max_new_tokens, self.limit - len(r.prompt_ids)) for r in asked]
-        params = [SamplingParams(seed=r.seed, max_tokens=n, **how) for r, n in zip(asked, most)]
+        asked, first, how = sum(parts, []), sum(map(len, parts[:rank])), sampling.for_vllm()
+        room = [min(sampling.max_new_tokens, self.limit - len(r.prompt_ids)) for r in asked]
+        how = [how | {"logprobs": 0, "seed": r.seed, "max_tokens": n} for r, n in zip(asked, room)]  # of its own tokens
         rollouts = []
-        for out in self._run([r.prompt_ids for r in asked], params)[first : first + len(requests)]:
+        for out in self._run([r.prompt_ids for r in asked], how)[first : first + len(requests)]:
             c = out.outputs[0]
             logprobs = [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
             version = int(c.weight_versions[0].version)
@@ -357,19 +351,19 @@ class VLLMSampler:
 
     def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
         """As HFSampler.score."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        found = [out.prompt_logprobs for out in self._run(sequences, [params] * len(sequences))]
+        outputs = self._run(sequences, [{"max_tokens": 1, "prompt_logprobs": 0}] * len(sequences))
+        found = [out.prompt_logprobs for out in outputs]
         return [np.array([at[i].logprob for i, at in zip(s[1:], f[1:])]) for s, f in zip(sequences, found)]
 
-    def _run(self, prompts: list[list[int]], params: list) -> list:
+    def _run(self, prompts: list[list[int]], how: list[dict]) -> list:
         """vLLM's outputs, in order."""
+        from vllm import SamplingParams
+
         if self.version < 0:
             raise RuntimeError("load_weights before generate: the engine holds random weights")
         if not prompts:
             return []
-        done = {}
+        done, params = {}, [SamplingParams(detokenize=False, **settings) for settings in how]
         with self._engine():
             names = self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
             names = [name.rpartition("-")[0] for name in names]  # outputs are named without the random part
@@ -424,9 +418,9 @@ def choose_sampler(sampler: str) -> tuple[str, str]:
         raise ValueError("--sampler vllm needs vLLM: pip install 'vllm==0.32.0' (README, Install), or use --sampler hf")
     if sampler != "auto":
         return sampler, "as asked"
-    if not torch.cuda.is_available():
-        return "hf", "no GPU"
-    return ("vllm", "GPU and vLLM found") if installed else ("hf", "vLLM is not installed")
+    if installed and torch.cuda.is_available():
+        return "vllm", "GPU and vLLM found"
+    return "hf", "vLLM is not installed" if torch.cuda.is_available() else "no GPU"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -636,8 +630,7 @@ class WindowBuffer:
         answers: list[tuple[Sample, int, str | None]] = []  # with epoch and the row's own text
         for slot in self.schedule.draw(step):
             found = [self.rows[position] for position in slot.rows]
-            for j, seed in enumerate(slot.seeds):
-                epoch, index, row = found[0 if slot.on_policy else j]
+            for seed, (epoch, index, row) in zip(slot.seeds, found * len(slot.seeds)):
                 prompt, teacher_prompt, text = self.encoder.prompts(row)
                 samples.append(Sample(prompt, [], False, slot.on_policy, teacher_prompt, version=step, row=index))
                 if slot.on_policy:
@@ -700,8 +693,8 @@ def check_positions(name: str, revision: str | None, length: int) -> float:
     """How many tokens a model can read, of which no weights are. Raises ValueError if `length` is more."""
     from transformers import AutoConfig
 
-    if length > (most := positions(AutoConfig.from_pretrained(name, revision=revision))):
-        raise ValueError(f"max_length {length} is more than the {most:.0f} positions of {name}: lower --max-length")
+    most = positions(AutoConfig.from_pretrained(name, revision=revision))
+    need(length <= most, f"max_length {length} is more than the {most:.0f} positions of {name}: lower --max-length")
     return most
 
 
@@ -741,8 +734,8 @@ def split_head(model) -> tuple[torch.nn.Module, dict]:
     softcap(scale * (hidden W + b)) of one matrix, or if a token changes what stands to its left.
     """
     backbone, head, config = model.base_model, model.get_output_embeddings(), model.config.get_text_config()
-    if head is None or backbone is model:
-        raise ValueError(f"{type(model).__name__} has no separate output head: it is not a causal language model")
+    separate, name = head is not None and backbone is not model, type(model).__name__
+    need(separate, f"{name} has no separate output head: it is not a causal language model")
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     parts = {"weight": head.weight, "bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
@@ -755,11 +748,11 @@ def split_head(model) -> tuple[torch.nn.Module, dict]:
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
         own = model(input_ids=probe, use_cache=False).logits.float()
     model.train(training)
-    if z.shape != own.shape or (z - own).abs().max() > 0.02 * own.abs().max() + 1e-3:
-        raise ValueError(f"{type(model).__name__}: its logits are not those of its output matrix; this head is unknown")
+    differs = z.shape != own.shape or (z - own).abs().max() > 0.02 * own.abs().max() + 1e-3
+    need(not differs, f"{name}: its logits are not those of its output matrix; this head is unknown")
     moved = (hidden - other)[:, :5].float().std() / hidden.float().std()  # by experts, chosen in bf16, a little
-    if moved > (0.1 if hidden.dtype == torch.bfloat16 else 1e-3):
-        raise ValueError(f"{type(model).__name__} sees the tokens that it should predict: it is not a causal model")
+    sees = moved > (0.1 if hidden.dtype == torch.bfloat16 else 1e-3)
+    need(not sees, f"{name} sees the tokens that it should predict: it is not a causal model")
     return backbone, parts
 
 
@@ -770,6 +763,8 @@ def split_head(model) -> tuple[torch.nn.Module, dict]:
 class LocalTeacher:
     """A causal LM on one device. Only hidden states of the asked rows leave it; the caller projects them."""
 
+    close = lambda self: None  # nothing to end
+
     def __init__(self, model):
         self.model = model.eval().requires_grad_(False)
         self.backbone, self.head = split_head(self.model)
@@ -778,16 +773,13 @@ class LocalTeacher:
     @torch.no_grad()
     def hidden(self, ids: Tensor, rows: Tensor) -> Tensor:
         """(N, D) hidden states at flat positions `rows` of ids (B, S), padded on the right."""
-        if (n := ids.size(1)) > self.most:
-            raise ValueError(f"{n} teacher tokens are more than its {self.most} positions: lower --max-length")
+        n, most = ids.size(1), self.most
+        need(n <= most, f"{n} teacher tokens are more than its {most} positions: lower --max-length")
         hidden = self.backbone(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
         return hidden.flatten(0, 1)[rows.to(self.device)]
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         return HFSampler(self.model).generate(requests, sampling)
-
-    def close(self) -> None:
-        pass
 
 
 def _serve_teacher(load, address: str, key: bytes, clients: int) -> None:
@@ -822,11 +814,8 @@ def _serve_teacher(load, address: str, key: bytes, clients: int) -> None:
 class SharedTeacher:
     """One teacher per node on a device of its own, in a process of its own; the ranks of the node share it.
 
-    Hidden states travel (40 to 60 times less than logits); every rank holds a copy of the teacher's head.
-
-    Args:
-        load: () -> the model on its device; picklable. Called in the new process only.
-        timeout: seconds for loading, and for each answer.
+    Hidden states travel (40 to 60 times less than logits); every rank holds a copy of the teacher's head. `load()`,
+    which is pickled, makes the model on its device; `timeout` is in seconds, for that and for each answer.
     """
 
     def __init__(self, load, local_rank: int, local_world_size: int, timeout: float = 1800.0):
@@ -886,8 +875,8 @@ def served_url(url: str) -> str:
     if set(url) & set("@?#"):
         raise ValueError("teacher_url with credentials or a query would be printed and saved: see --teacher-key")
     parts = urllib.parse.urlsplit(url.strip() if "://" in url else f"http://{url.strip()}")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-        raise ValueError(f"teacher_url must be like http://host:8000: got {url}")
+    ok = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    need(ok, f"teacher_url must be like http://host:8000: got {url}")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1').rstrip('/')}"
 
 
@@ -900,7 +889,6 @@ class ServedTeacher:
     followed, proxies are not used.
 
     Args:
-        url: http://host:port, with or without /v1
         model: what the server is expected to serve, as a name or directory.
         k: how many tokens per position; at most the server's --max-logprobs.
         timeout: seconds of one try, to its last byte; there are retries + 1, with pauses of 0.5, 1, 2, .. up to 20.
@@ -983,24 +971,20 @@ class ServedTeacher:
     def _score_one(self, ids: list[int], first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(own (n,), top ids (n, k), their log probabilities (n, k)) of the tokens ids[first:]."""
         entries = self._complete(ids, max_tokens=1, prompt_logprobs=self.k).get("prompt_logprobs") or []
-        if len(entries) != len(ids):
-            raise ValueError(f"{self.url} returned {len(entries)} prompt log probabilities for {len(ids)} tokens")
+        n, told = len(ids), len(entries)
+        need(n == told, f"{self.url} returned {told} prompt log probabilities for {n} tokens")
         own, best = np.zeros(len(ids) - first), np.zeros((len(ids) - first, self.k, 2))
         for row, position in enumerate(range(first, len(ids))):
             try:
                 entry = {int(i): (e["rank"], int(i), float(e["logprob"])) for i, e in entries[position].items()}
                 best[row] = [x[1:] for x in sorted(entry.values()) if x[0] <= self.k]
                 own[row], values = entry[ids[position]][2], np.array([x for *_, x in entry.values()])
-                ok = 0 <= min(entry) and max(entry) < self.size and np.isfinite(values).all()
-                ok = ok and values.max() < 1e-3 and np.exp(values).sum() < 1.001
-            except (AttributeError, KeyError, TypeError, ValueError):
-                ok = False
-            if not ok:
-                wanted = f"the top {self.k} and token {ids[position]} of a vocabulary of {self.size}"
+                need(0 <= min(entry) and max(entry) < self.size, "an id is no token")
+                need(np.isfinite(values).all() and values.max() < 1e-3 and np.exp(values).sum() < 1.001, "it is no law")
+            except (AttributeError, KeyError, TypeError, ValueError) as e:
+                what = f"log probabilities of the top {self.k} and token {ids[position]} of a vocabulary of {self.size}"
                 found = f"{str(entries[position])[:300]}; does the server allow --max-logprobs {self.k}?"
-                raise ValueError(
-                    f"{self.url}: at position {position} are not the log probabilities of {wanted}: {found}"
-                )
+                raise ValueError(f"{self.url}: at position {position} are not the {what}: {found}") from e
         return np.minimum(own, 0), best[..., 0].astype(np.int64), np.minimum(best[..., 1], 0)
 
     def score(self, sequences: list[list[int]], firsts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -1059,8 +1043,8 @@ class TeacherAnswers:
         requests = [Request(ids, seed(where)) for where, ids in new.items()]
         rollouts = self.teacher.generate(requests, self.sampling) if requests else []
         for (epoch, index), r in zip(new, rollouts):
-            content = self.vocabulary.join(r.completion_ids[: len(r.completion_ids) - r.finished])
-            text = content.decode(errors="replace")
+            ids = r.completion_ids[: len(r.completion_ids) - r.finished]
+            text = self.vocabulary.join(ids).decode(errors="replace")
             self.known[epoch, index] = (text, r.finished)
             entry = {"epoch": epoch, "row": index, "completion": text, "finished": r.finished}
             append_jsonl(self.folder / f"epoch-{epoch}.rank-{self.rank}.jsonl", entry)

@@ -45,7 +45,7 @@ import tyro
 
 import gold_buffer
 import gold_data
-from gold_buffer import append_jsonl, read_jsonl
+from gold_buffer import append_jsonl, need, read_jsonl
 from gold_data import Row
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,16 +118,13 @@ def calculate(text: str) -> tuple[Fraction, list[int]]:
             value = take(0, depth + 1)
             if tokens.pop() == ")":
                 return value
-        if not INTEGER.fullmatch(token):
-            raise ValueError(f"{token!r} is not expected")
+        need(INTEGER.fullmatch(token), f"{token!r} is not expected")
         used.append(int(token))
         return Fraction(token)
 
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"{len(text)} characters")
+    need(len(text) <= MAX_CHARACTERS, f"{len(text)} characters")
     value = take(0, 0)
-    if tokens != [""]:
-        raise ValueError(f"{tokens[-1]!r} is not expected")
+    need(tokens == [""], f"{tokens[-1]!r} is not expected")
     return value, used
 
 
@@ -214,8 +211,7 @@ def final_number(text: str) -> Fraction | None:
 def reference(row: Row) -> Fraction:
     """The number that the row's answer is."""
     gold = final_number(str(row.answer))
-    if gold is None:
-        raise ValueError(f"{row.answer!r} is no number")
+    need(gold is not None, f"{row.answer!r} is no number")
     return gold
 
 
@@ -236,8 +232,7 @@ def grade_gsm8k(text: str, row: Row) -> Grade:
 def grade_integer(text: str, row: Row) -> Grade:
     """AIME: right if the final number is the row's integer."""
     gold = reference(row)
-    if gold.denominator != 1:
-        raise ValueError(f"{row.answer!r} is no integer")
+    need(gold.denominator == 1, f"{row.answer!r} is no integer")
     return Grade(verdict(final_number(text), gold))
 
 
@@ -254,8 +249,7 @@ def grade_math(text: str, row: Row) -> Grade:
     gold, box = str(row.completion if row.answer is None else row.answer), boxed(text)
     if row.answer is None or boxed(gold) is not None:
         gold = boxed(gold) or ""
-    if not (right := parse(f"\\boxed{{{gold}}}")):
-        raise ValueError(f"{gold!r} is no mathematics")
+    need(right := parse(f"\\boxed{{{gold}}}"), f"{gold!r} is no mathematics")
     # without a box the end: math-verify finds nothing in time in a text of many pages
     answer = parse(text[-3000:] if box is None else f"\\boxed{{{box}}}")
     return Grade(verdict(verify(right, answer) if answer else None, True))
@@ -308,12 +302,10 @@ def parse_tasks(tasks: Iterable[str]) -> list[Task]:
     found: dict[str, Task] = {}
     for text in tasks:
         name, _, dataset = text.partition("=")
-        if name not in TASKS:
-            raise ValueError(f"there is no task {name!r}: the tasks are {', '.join(TASKS)}, each also as NAME=FILE")
-        if TASKS[name].grade is grade_math and not importlib.util.find_spec("math_verify"):
-            raise ValueError(f"task {name} compares mathematics: pip install 'math-verify[antlr4_13_2]'")
-        if name in found:
-            raise ValueError(f"task {name!r} is there twice: results are kept by task, so score the second one apart")
+        need(name in TASKS, f"there is no task {name!r}: the tasks are {', '.join(TASKS)}, each also as NAME=FILE")
+        can = TASKS[name].grade is not grade_math or importlib.util.find_spec("math_verify")
+        need(can, f"task {name} compares mathematics: pip install 'math-verify[antlr4_13_2]'")
+        need(name not in found, f"task {name!r} is there twice: results are kept by task, so score one of them apart")
         found[name] = replace(TASKS[name], name=name)
         if dataset:  # all of the split: the slice was for the other data set
             whole = found[name].split.partition("[")[0]
@@ -325,9 +317,8 @@ def few_shot_rows(task: Task) -> list[Row]:
     """The solved examples. Raises ValueError if there are fewer than the task wants."""
     rows = gold_data.iter_rows(task.dataset, task.subset, "train") if task.few_shot else ()
     found = list(itertools.islice((row for row in rows if row.completion), task.few_shot))
-    if len(found) < task.few_shot:
-        why = f"not {task.few_shot}: give it more rows, or --few-shot {len(found)}"
-        raise ValueError(f"task {task.name}: {task.dataset} has {len(found)} solved examples, {why}")
+    why = f"not {task.few_shot}: give it more rows, or --few-shot {len(found)}"
+    need(len(found) == task.few_shot, f"task {task.name}: {task.dataset} has {len(found)} solved examples, {why}")
     return found
 
 
@@ -338,14 +329,12 @@ def load_task_rows(task: str | Task, max_samples: int | None = None, seed: int =
     Raises ValueError if a row lacks what the task needs or has an answer that cannot be graded, or no row is left.
     """
     task = parse_tasks([task])[0] if isinstance(task, str) else task
-    split = task.split
-    if task.dataset in gold_data.BUILT_IN and max_samples is not None:
-        split = f"{split}[:{max_samples}]"  # as many as one asks for
+    endless = task.dataset in gold_data.BUILT_IN and max_samples is not None  # as many as one asks for
+    split = f"{task.split}[:{max_samples}]" if endless else task.split
     rows = _text_rows(task) or gold_data.load_rows(task.dataset, task.subset, split)[0]
     rows, asked = gold_data.without(rows, few_shot_rows(task))[0], []
-    if not len(rows):
-        why = f"besides the {task.few_shot} examples: give it more rows, or --few-shot 0"
-        raise ValueError(f"task {task.name}: no question of {task.dataset} is left {why}")
+    why = f"besides the {task.few_shot} examples: give it more rows, or --few-shot 0"
+    need(len(rows), f"task {task.name}: no question of {task.dataset} is left {why}")
     drawn = range(len(rows))
     if max_samples is not None and max_samples < len(rows):
         drawn = sorted(random.Random(f"{task.name} {seed}").sample(drawn, max_samples))
@@ -403,10 +392,9 @@ class Options:
     seed: int = 0  # of the questions and the answers
 
     def __post_init__(self):
-        if self.num_samples < 1 or (self.num_samples > 1 and self.temperature <= 0):
-            raise ValueError(f"num_samples {self.num_samples}: more than one needs a temperature above 0")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples {self.max_samples}: there is nothing to ask")
+        several = self.num_samples > 1 and self.temperature > 0
+        need(several or self.num_samples == 1, f"num_samples {self.num_samples}: 1, or more with a temperature above 0")
+        need(self.max_samples is None or self.max_samples > 0, f"max_samples {self.max_samples}: nothing to ask")
 
     def torch_dtype(self, device: str) -> torch.dtype:
         auto = "float32" if device.startswith("cpu") else "bfloat16"
@@ -531,8 +519,7 @@ def perplexity(model, tokenizer, task: Task, options: Options) -> tuple[dict, li
         totals.append(total | {"answer_tokens": len(ids) - len(encode(context)), "answer_bytes": size})
         stream += [*ids, eos]
         parts += windows(ids, prefix, model.window)
-    if not parts:
-        raise ValueError(f"task {task.name}: {task.dataset} holds no text")
+    need(parts, f"task {task.name}: {task.dataset} holds no text")
     scored = zip(parts, model.score([sequence for sequence, _ in parts]))
     logprobs = np.concatenate([found[len(found) - count :] for (_, count), found in scored])  # of every token, in order
     for total, end in zip(totals, itertools.accumulate(total["tokens"] for total in totals)):
@@ -626,10 +613,8 @@ class Evaluator:
         policy: Literal["drop_oldest", "wait"] = "drop_oldest", timeout: float | None = 3600.0, max_failures: int = 3,
         echo: bool = False, **options,
     ):  # fmt: skip
-        if policy not in ("drop_oldest", "wait"):
-            raise ValueError(f"policy {policy!r} is neither drop_oldest nor wait")
-        if not parse_tasks(tasks := list(tasks)):
-            raise ValueError(f"no task to evaluate on: choose among {', '.join(TASKS)}")
+        need(policy in ("drop_oldest", "wait"), f"policy {policy!r} is neither drop_oldest nor wait")
+        need(parse_tasks(tasks := list(tasks)), f"no task to evaluate on: choose among {', '.join(TASKS)}")
         self.out, self.policy, self.timeout, self.max_failures = Path(out), policy, timeout, max_failures
         self.setup = {"parent": os.getpid(), "tasks": tasks, "out": str(out), "device": device.split(":")[0]}
         self.setup |= {"echo": echo, "options": asdict(Options(**options))}
@@ -764,8 +749,7 @@ def child_env(device: str) -> dict[str, str]:
     if not device.startswith("cpu"):
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
         index = torch.device(device).index or 0
-        if index >= len(gpus) or not gpus[index]:
-            raise ValueError(f"the evaluation device {device} does not exist: the GPUs here are {gpus}")
+        need(index < len(gpus) and gpus[index], f"the evaluation device {device} does not exist: GPUs are {gpus}")
         env["CUDA_VISIBLE_DEVICES"] = gpus[index]
     return env
 
@@ -890,8 +874,8 @@ def plot_runs(folders: Iterable[str | Path], path: str | Path, metric: str | Non
 
     runs = {str(folder): read_run(folder) for folder in folders}
     known = list(dict.fromkeys(name for run in runs.values() for name in run if "/" in name))
-    if metric not in (None, *known):
-        raise ValueError(f"there is no metric {metric!r} in these runs, only: {', '.join(known) or 'no evaluation'}")
+    found = ", ".join(known) or "no evaluation"
+    need(metric in (None, *known), f"there is no metric {metric!r} in these runs, only: {found}")
     metric = metric or next((name for name in known if name.endswith(MAIN)), "accuracy")
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (name, over) in zip(figure.subplots(2, 2).flat, itertools.product(("loss", metric), ("steps", "tokens"))):
@@ -926,8 +910,7 @@ class Config:
 
 def main(config: Config) -> int:
     """Returns the exit code: 1 if a model could not be scored."""
-    if not config.model and not config.runs:
-        raise ValueError("nothing to do: name a model with --model, or training runs with --runs")
+    need(config.model or config.runs, "nothing to do: name a model with --model, or training runs with --runs")
     for model in config.model:  # a Hub id has at most one slash, in the middle
         if not Path(model).exists() and (model.count("/") > 1 or model[0] in "./~"):
             raise FileNotFoundError(f"there is no model directory {model}")

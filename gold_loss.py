@@ -302,10 +302,8 @@ def by_autograd(fn: Callable) -> Callable:
             z = z.detach().requires_grad_(want_grad)
             extra = None if extra is None else extra.detach().requires_grad_(want_grad)
             values, stats = fn(z, teacher_z, extra, rows)
-            if not want_grad:
-                return values, None, None, stats
             leaves = [z] if extra is None else [z, extra]
-            grads = torch.autograd.grad(values.sum(), leaves, allow_unused=True)
+            grads = torch.autograd.grad(values.sum(), leaves, allow_unused=True) if want_grad else [None]
         return values.detach(), grads[0], grads[-1], stats
 
     return row_fn
