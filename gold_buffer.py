@@ -257,7 +257,7 @@ def keep_rng():
             np.random.set_state(numpy_state)
 
 
-DEADLINE = 1800.0  # seconds for one window
+DEADLINE = 1800.0  # seconds for one window, or one answer of a teacher's process
 
 
 class VLLMSampler:
@@ -815,12 +815,13 @@ class SharedTeacher:
     """One teacher per node on a device of its own, in a process of its own; the ranks of the node share it.
 
     Hidden states travel (40 to 60 times less than logits); every rank holds a copy of the teacher's head. `load()`,
-    which is pickled, makes the model on its device; `timeout` is in seconds, for that and for each answer.
+    which is pickled, makes the model on its device, in the new process only.
     """
 
-    def __init__(self, load, local_rank: int, local_world_size: int, timeout: float = 1800.0):
-        self.timeout, self.lock = timeout, threading.Lock()  # seq_kd asks from the sampler's thread
-        self.process, here = None, None
+    timeout = DEADLINE  # seconds for loading, and for each answer
+
+    def __init__(self, load: Callable, local_rank: int, local_world_size: int):
+        self.lock, self.process, here = threading.Lock(), None, None  # seq_kd asks from the sampler's thread
         if local_rank == 0:
             self.folder = tempfile.TemporaryDirectory(prefix="gold-teacher-", dir="/tmp")  # its path may have 107 bytes
             here = (f"{self.folder.name}/socket", os.urandom(16))
@@ -831,12 +832,12 @@ class SharedTeacher:
             found, node = [None] * dist.get_world_size(), os.environ.get("GROUP_RANK")
             dist.all_gather_object(found, (node, here))
             here = next(address for n, address in found if n == node and address is not None)
-        until, self.connection = time.monotonic() + timeout, None
+        until, self.connection = time.monotonic() + self.timeout, None
         while self.connection is None:
             if self.process and not self.process.is_alive():
                 raise RuntimeError(f"the teacher's process ended with exit code {self.process.exitcode} while loading")
             if time.monotonic() > until:
-                raise TimeoutError(f"the teacher was not ready after {timeout:.0f} s")
+                raise TimeoutError(f"the teacher was not ready after {self.timeout:.0f} s")
             try:
                 self.connection = multiprocessing.connection.Client(here[0], family="AF_UNIX", authkey=here[1])
             except (FileNotFoundError, ConnectionRefusedError):

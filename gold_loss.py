@@ -494,18 +494,17 @@ def alm_loss(student: Side, teacher_logprobs: Tensor, teacher_span: Tensor, chun
 
 
 def uld_loss(
-    student: Side, teacher: Side, match: tuple[Tensor, Tensor] | None = None,
-    weights: tuple[float, float] | None = None, beta: float = 0.5, scale: str = "kl", chunk: int | None = None,
+    student: Side, teacher: Side, match: tuple[Tensor, Tensor] | None = None, beta: float = 0.5, scale: str = "kl",
+    chunk: int | None = None,
 ) -> Loss:  # fmt: skip
     """Universal Logit Distillation (Boizard et al. 2024, arXiv 2402.12030): L1 between sorted laws, for comparison.
 
     A span of several tokens is the law at its last token times the chain-rule probability of the tokens before, so that
     a span of one token is untouched. With `match`, the hybrid of GOLD: `divergence` on matched tokens, sorted L1 on the
-    rest. Both are biased: the minimum is not the teacher (RESULTS, The known optimum).
+    rest, weighted K / U and 1 - K / U as TRL does. Both are biased: the minimum is not the teacher (RESULTS, The known
+    optimum).
 
-    Args:
-        match: ids (K,), (K,) of the same K byte strings in student and teacher vocabulary; None compares sorted laws.
-        weights: of the matched and the unmatched part; None is TRL's (K / U, 1 - K / U).
+    Args: match: ids (K,), (K,) of the same K byte strings in student and teacher vocabulary; None: sorted laws only.
     Returns: Loss with values (G,) and more stats {"matched", "unmatched"} per span.
     """
     last_s, last_t = span_ends(student.span)[1], span_ends(teacher.span)[1]
@@ -515,7 +514,6 @@ def uld_loss(
         for side, ids in ((student, match_s), (teacher, match_t))
     )
     share = match_t.numel() / teacher.head.weight.size(0)
-    matched_weight, rest_weight = weights or (share, 1 - share)
 
     def before(side: Side, last: Tensor) -> Tensor:
         """Log probability (G,) of the span's tokens before the one whose whole law is compared."""
@@ -540,7 +538,7 @@ def uld_loss(
         matched = divergence(logp[:, match_t], logq[:, match_s], beta, scale).sum(-1)
         unmatched = sorted_l1(logq[:, rest_s].exp(), logp[:, rest_t].exp())
         stats = law_stats(logz, student.ids[last_s[rows]]) | {"matched": matched, "unmatched": unmatched}
-        return matched_weight * matched + rest_weight * unmatched, stats
+        return share * matched + (1 - share) * unmatched, stats
 
     before_s = before(student, last_s)
     with torch.no_grad():

@@ -424,7 +424,7 @@ def uld_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Voca
     match = tuple(map(put, gold_data.shared_ids(student, teacher))) if hybrid else None
 
     def compare(ours, theirs, batch):
-        return gold_loss.uld_loss(ours, theirs, match, None, cfg.beta, cfg.jsd_scale), batch.span_sample
+        return gold_loss.uld_loss(ours, theirs, match, cfg.beta, cfg.jsd_scale), batch.span_sample
 
     return compare
 
