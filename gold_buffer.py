@@ -245,18 +245,6 @@ def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return index[:, 0], (target - (running - mass).gather(1, index))[:, 0]
 
 
-@contextlib.contextmanager
-def keep_rng():
-    """vLLM seeds python, numpy and torch when an engine starts, and draws from torch's generator to sample."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)
-
-
 DEADLINE = 1800.0  # seconds for one window, or one answer of a teacher's process
 
 
@@ -277,8 +265,7 @@ class VLLMSampler:
 
     def __init__(
         self, model: str, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
-        revision: str | None = None, deadline: float = DEADLINE, sleep: bool = False,
-        load_format: str = "dummy",
+        revision: str | None = None, deadline: float = DEADLINE, sleep: bool = False, load_format: str = "dummy",
     ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -300,7 +287,7 @@ class VLLMSampler:
         extra = {"distributed_executor_backend": "external_launcher"} if self.had_group else {}
         extra |= {"kv_cache_memory_bytes": int(memory)} if memory > 1 else {"gpu_memory_utilization": memory}
         environment, set_num_threads = dict(os.environ), torch.set_num_threads
-        with keep_rng():
+        with self._engine():
             self.llm = LLM(
                 model=model, revision=revision, dtype=dtype, max_model_len=max_model_len, max_num_seqs=256,
                 tensor_parallel_size=tensor_parallel, enable_sleep_mode=self.use_sleep,
@@ -376,22 +363,25 @@ class VLLMSampler:
 
     @contextlib.contextmanager
     def _engine(self):
-        """Around every use of the engine."""
+        """Around every use of the engine, which seeds python, numpy and torch and draws from their generators."""
         if self.dead:
             raise RuntimeError("the vLLM engine cannot be used any more: an earlier call failed")
         self.until, self.late, self.dead = time.monotonic() + self.deadline, [], True
-        with keep_rng():
-            yield
+        python, numpy_state = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            try:
+                yield
+            finally:
+                random.setstate(python)
+                np.random.set_state(numpy_state)
         self.until, self.dead = math.inf, False
 
     def check(self) -> None:
         """Raises TimeoutError if a call is past its deadline; from another thread when the engine itself hangs."""
         if time.monotonic() > self.until:
             what = f"{len(self.late)} requests (positions {self.late[:20]})" if self.late else "loading weights"
-            raise TimeoutError(
-                f"vLLM has not finished {what} after {self.deadline:.0f} s: lower the window or "
-                "--max-completion-length. The last checkpoint goes on with --resume."
-            )
+            advice = "lower the window or --max-completion-length. The last checkpoint goes on with --resume."
+            raise TimeoutError(f"vLLM has not finished {what} after {self.deadline:.0f} s: {advice}")
 
     def sleep(self) -> None:
         """Between the last generate of a window and the next load_weights."""
@@ -954,10 +944,9 @@ class ServedTeacher:
                 what = f"answered without {wanted!r}, is it vLLM?" if status == 200 else "refused"
                 key = ": it asks for a key, see --teacher-key" if status in (401, 403) else ""
                 raise ValueError(f"{self.url}{path} {what}: {error}{key}")
-        raise ConnectionError(
-            f"the teacher at {self.url} did not answer {path} in {self.retries + 1} tries of {self.timeout:.0f} s: "
-            f"{error}. Is it running (README, A served teacher)? The last checkpoint goes on with --resume."
-        )
+        tries = f"{self.retries + 1} tries of {self.timeout:.0f} s: {error}"
+        advice = "Is it running (README, A served teacher)? The last checkpoint goes on with --resume."
+        raise ConnectionError(f"the teacher at {self.url} did not answer {path} in {tries}. {advice}")
 
     def _complete(self, ids: list[int], **settings) -> dict:
         body = {"model": self.model, "prompt": ids, "add_special_tokens": False, "return_token_ids": True} | settings
