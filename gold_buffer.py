@@ -4,7 +4,7 @@ A *window* is what one optimizer step trains on, on one rank: `slots` prompts. T
 set they are and which of them are on-policy, has the sampler answer those in one call, and finds the teacher's tokens
 for every completion. With lag > 0 windows are made ahead, by a thread, from a copy of earlier weights.
 
-From top to bottom: samplers (HF, vLLM), windows, teachers (local, shared by the ranks of a node, served over HTTP).
+From top to bottom: samplers (HF, vLLM), windows, models, teachers (local, shared by the ranks of a node, served).
 
 This file knows nothing about losses, the optimizer, evaluation, or wandb.
 """
@@ -43,6 +43,8 @@ from tqdm import tqdm
 
 import gold_data
 from gold_data import Row, Sample, Vocabulary
+
+DEADLINE = 1800.0  # seconds for one window, or one answer of a teacher's process
 
 
 def need(ok: object, message: str) -> None:
@@ -183,10 +185,9 @@ class HFSampler:
         from transformers import DynamicCache
 
         put = functools.partial(torch.tensor, device=self.device)
-        width = max(len(r.prompt_ids) for r in requests)
-        pad = [width - len(r.prompt_ids) for r in requests]  # on the left
-        ids = put([[0] * p + r.prompt_ids for p, r in zip(pad, requests)])
-        mask = put([[0] * p + [1] * (width - p) for p in pad])
+        left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        prompts = [torch.tensor(r.prompt_ids, dtype=torch.long) for r in requests]
+        ids, mask = (left(x).to(self.device) for x in (prompts, [torch.ones_like(p) for p in prompts]))
         position = (mask.cumsum(1) - 1).clamp_min(0)
         rngs = (np.random.Generator(np.random.Philox(r.seed)) for r in requests)
         uniform = put(np.stack([rng.random(s.max_new_tokens) for rng in rngs]))
@@ -243,9 +244,6 @@ def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     target = torch.minimum(target, torch.nextafter(running[:, -1], torch.zeros_like(target)))[:, None]
     index = (running <= target).sum(-1, keepdim=True)
     return index[:, 0], (target - (running - mass).gather(1, index))[:, 0]
-
-
-DEADLINE = 1800.0  # seconds for one window, or one answer of a teacher's process
 
 
 class VLLMSampler:
@@ -615,9 +613,8 @@ class WindowBuffer:
 
     def make(self, step: int, weights: dict[str, Tensor] | None, version: int) -> Window:
         """The window of `step`, sampled from `weights`, those of `version` finished steps."""
-        start, seconds, samples = time.perf_counter(), {"sync": 0.0}, []
-        requests: list[tuple[Sample, Request]] = []
-        answers: list[tuple[Sample, int, str | None]] = []  # with epoch and the row's own text
+        start, seconds = time.perf_counter(), {"sync": 0.0}
+        samples, requests, answers = [], [], []  # all; (sample, its request); (sample, epoch, the row's own text)
         for slot in self.schedule.draw(step):
             found = [self.rows[position] for position in slot.rows]
             for seed, (epoch, index, row) in zip(slot.seeds, found * len(slot.seeds)):
