@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
-from itertools import accumulate, pairwise, product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -764,6 +764,17 @@ def kind(code: int) -> int:
     return KINDS.index(c)
 
 
+ASCII = np.array([kind(code) for code in range(128)])
+END = 256  # behind the last byte of a text: begins no token
+
+
+def ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(i, x): every x in start[i] .. stop[i] - 1."""
+    count = stop - start
+    index = np.repeat(np.arange(len(count)), count)
+    return index, np.arange(len(index)) + np.repeat(start - count.cumsum() + count, count)
+
+
 class Vocabulary:
     """A tokenizer as a map between ids and bytes, with its tokens sorted so that "starts with" is a range.
 
@@ -791,7 +802,8 @@ class Vocabulary:
         writes = lambda guard: self.join((self._encode_after(guard, probe) or [[]])[0]) == probe.encode()
         self.guards = [""] if writes("") else [guard for guard in "\n=0." if writes(guard)]
         self.lossy = not self.guards
-        self.word = functools.lru_cache(1 << 16)(self._word)
+        self.words: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}  # what `_words` said
+        self.encode_words = functools.lru_cache(1)(self._encode_words)  # `align` and `closed` ask for the same text
 
     def _encode_after(self, guard: str, text: str) -> tuple[list[int], list[int]] | None:
         """Tokens of `text` where it follows `guard`, and the word of each; None if a token spans both."""
@@ -829,9 +841,10 @@ class Vocabulary:
         Invalid UTF-8 becomes single-byte tokens. Where the tokenizer cannot write the text (no such byte, a
         normalisation), the ids stop before it: `ends` says how far they got. A lossy tokenizer's ends are its offsets.
         """
-        return self.encode_words(text)[:2]
+        ids, ends, _ = self.encode_words(text)
+        return ids.copy(), ends.copy()
 
-    def encode_words(self, text: bytes) -> tuple[list[int], np.ndarray, np.ndarray]:
+    def _encode_words(self, text: bytes) -> tuple[list[int], np.ndarray, np.ndarray]:
         """`encode`, and the number of the word that the pre-tokenizer cut, of each token; -1: of none."""
         if self.lossy:
             chars, options = text.decode(errors="replace"), {"add_special_tokens": False, "split_special_tokens": True}
@@ -851,9 +864,10 @@ class Vocabulary:
             ids += found[0]
         ids = ids[: next((i for i, t in enumerate(ids) if t is None or not self.bytes[t]), len(ids))]  # unknown
         ends = np.cumsum(self.lengths[ids]) if ids else np.zeros(0, dtype=np.int64)
-        written = self.join(ids)
-        same = next((i for i, (a, b) in enumerate(zip(written, text)) if a != b), min(len(written), len(text)))
-        keep = int(np.searchsorted(ends, same, side="right"))
+        keep, written = len(ids), self.join(ids)
+        if not text.startswith(written):
+            same = next((i for i, (a, b) in enumerate(zip(written, text)) if a != b), len(text))
+            keep = int(np.searchsorted(ends, same, side="right"))
         return ids[:keep], ends[:keep], np.array(words[:keep], dtype=np.int64)
 
     @cached_property
@@ -917,42 +931,42 @@ class Vocabulary:
             steady[a, b] &= len({tuple(stop for _, (_, stop) in cut if stop < size) for cut in pieces}) == 1
         return steady
 
-    def _word(self, ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What these tokens, all that the tokenizer makes of one word, leave open: (offsets, offsets, bytes).
+    def _words(self, new: list[tuple[int, ...]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the tokens that the tokenizer makes of one word leave open, of each of some words: (offsets, at).
 
         An encoding that begins with the first k bytes of the word, but has a boundary before k that these tokens do not
-        have, makes F(k) incomplete: k is among the first offsets. Where k is a boundary of these tokens and F of the
-        bytes up to k and one more is incomplete, it is among the second, with that byte.
+        have, makes F(k) incomplete: k is among the offsets. Where k is a boundary of these tokens and F of the bytes up
+        to k and one more, b, is incomplete, 256 k + b is in `at`. All words at once, each with an END behind it.
         """
-        data, tree, still_open, at, byte = self.join(ids), self.tree, set(), [], []
-        path = dict(zip(accumulate(self.lengths[list(ids)].tolist()), ids)) | {0: None}
-        if (
-            ids[0] in self.literal and data not in self.markers
-        ):  # cut out of the text before all else, but only where it is complete
-            still_open.update(range(1, len(data)))
-        for start, states in enumerate([] if ids[0] in self.literal else self.rule.states(data)):
-            for state in states:
-                if start in path and path[start] == state:
-                    continue  # the model has been asked there
-                node, count = 0, None
-                for k in range(start, len(data) + 1):
-                    node = tree.step(node, data[k - 1]) if k > start else 0
-                    if node < 0:
-                        break
-                    if k not in path and (k == start or k in still_open):
-                        continue
-                    if count is None:  # of the tokens that may follow, below the first node that matters
-                        lo = tree.lo[node]
-                        count = np.append(0, self.rule.may_follow(state, lo, tree.hi[node]).cumsum())
-                    if count[tree.hi[node] - lo] == count[tree.lo[node] - lo]:
-                        break
-                    still_open |= {k} if k > start else set()
-                    if k in path:
-                        child = tree.child[tree.child_start[node] : tree.child_start[node + 1]]
-                        child = child[count[tree.hi[child] - lo] > count[tree.lo[child] - lo]]
-                        at += [k] * len(child)
-                        byte += tree.byte[child].tolist()
-        return tuple(np.array(x, dtype=np.int64) for x in (sorted(still_open), at, byte))
+        tree, texts = self.tree, [self.join(ids) for ids in new]
+        data = np.concatenate([np.append(np.frombuffer(text, dtype=np.uint8), END) for text in texts])
+        stop = np.array([len(text) + 1 for text in texts]).cumsum()
+        begin = np.append(0, stop[:-1])
+        path = np.full(len(data), -3)  # its token that ends at an offset
+        path[begin] = -1
+        state, still_open = self.rule.states(data, begin), np.zeros(len(data), dtype=bool)
+        for ids, text, first in zip(new, texts, begin.tolist()):
+            path[first + self.lengths[list(ids)].cumsum()] = ids
+            if ids[0] in self.literal:  # cut out of the text before all else, but only where it is complete
+                state[first : first + len(text) + 1] = -2
+                still_open[first + 1 : first + len(text)] = text not in self.markers
+        end = np.flatnonzero((state > -2) & (state != path))  # elsewhere the model has been asked
+        state, node, at = state[end], np.zeros(len(end), dtype=np.int64), []
+        while len(end):
+            on = path[end] > -3
+            at.append((end[on], state[on], node[on]))
+            node = tree.down(node, data[end])
+            some = np.flatnonzero(node >= 0)
+            some = some[self.rule.some(state[some], node[some])]
+            end, state, node = end[some] + 1, state[some], node[some]
+            still_open[end] = True
+        end, state, node = map(np.concatenate, zip(*at, (end, state, node)))
+        index, child = tree.children(node)
+        some = self.rule.some(state[index], child)
+        at, still_open = np.unique(end[index[some]] * 256 + tree.byte[child[some]]), np.flatnonzero(still_open)
+        cuts = np.searchsorted(still_open, begin), np.searchsorted(at, begin * 256)
+        parts = (np.split(x, cut[1:]) for x, cut in zip((still_open, at), cuts))
+        return [(x - first, y - first * 256) for x, y, first in zip(*parts, begin)]
 
     def mute(self, ids: list[int]) -> np.ndarray:
         """Which tokens are special ones that neither end a text nor are markers."""
@@ -971,37 +985,51 @@ class Vocabulary:
         path[boundary] = ids
         mute = boundary[self.mute(ids)]  # what is known begins anew with the word behind it
         path[mute] = -1
-        tells = np.repeat(path[:, None] >= 0, 256, axis=1)
-        tells[n] = True
         inner = starts[1:-1]
         fresh = (words[1:] != words[:-1]) | (words[1:] < 0) | ~self.joins[data[inner - 1], data[inner]]
         first = [*([0] if canonical else []), *(np.flatnonzero(fresh) + 1).tolist(), len(canonical)]
         other = np.append(0, ((path[starts[:-1]] != canonical) | (words < 0)).cumsum())[first]
         known, broken = np.ones(n + 1, dtype=bool), np.zeros(n + 1, dtype=np.int64)
+        # what the pre-tokenizer does at the end of a prefix; what is inside a letter may end as any other letter
+        code = np.frombuffer(
+            text.decode(errors="surrogateescape").encode("utf-32-le", "surrogatepass"), dtype=np.uint32
+        )
+        width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
+        width[(code >= 0xDC80) & (code <= 0xDCFF)] = 1
+        end, kinds = width.cumsum(), ASCII[code.clip(max=127)]
+        kinds[code > 127] = [kind(c) for c in code[code > 127].tolist()]
+        known[end[1:]] = self.steady[kinds[:-1], kinds[1:]]
+        inside = np.ones(n + 1, dtype=bool)
+        inside[[0, *end]] = False
+        letter = np.repeat(end - width, width)[np.flatnonzero(inside) - 1]  # its first byte
+        known[inside] = known[letter] & (path[letter] >= 0)
+        last = np.full(n + 1, len(KINDS))  # kind of the letter that ends here
+        last[end] = kinds
+        last[:n][path[:n] < 0] = len(KINDS) + 1
+        tells = np.vstack(
+            [np.pad(self.steady[:, ASCII], ((0, 1), (0, 128)), constant_values=True), np.zeros(256, bool)]
+        )[last]
+
+        words_of, at = [], []
         for (i, j), differs, start in zip(pairwise(first), np.diff(other).tolist(), starts[first].tolist()):
             if differs:
                 known[start + 1 : starts[j] + 1], broken[starts[j]] = False, 1
-                continue
-            still_open, at, byte = self.word(tuple(canonical[i:j]))
-            known[start + still_open] = False
-            if len(at):
-                tells[start + at, byte] = False
+            else:
+                words_of.append(tuple(canonical[i:j]))
+                at.append(start)
+        if new := list(dict.fromkeys(word for word in words_of if word not in self.words)):
+            if len(self.words) + len(new) > 1 << 16:
+                self.words.clear()
+                new = list(dict.fromkeys(words_of))
+            self.words.update(zip(new, self._words(new)))
+        if words_of:
+            still_open, no = zip(*map(self.words.__getitem__, words_of))
+            known[np.concatenate(still_open) + np.repeat(at, list(map(len, still_open)))] = False
+            tells.reshape(-1)[np.concatenate(no) + np.repeat(at, list(map(len, no))) * 256] = False
         if starts[-1] < n:
             known[starts[-1] + 1 :], broken[n] = False, 1
-        # what the pre-tokenizer does at the end of a prefix; what is inside a letter may end as any other letter
-        letters = text.decode(errors="surrogateescape").encode("utf-32-le", "surrogatepass")
-        code = np.frombuffer(letters, dtype=np.uint32)
-        width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
-        width[(code >= 0xDC80) & (code <= 0xDCFF)] = 1
-        end, kinds = width.cumsum(), np.array([kind(c) for c in code.tolist()], dtype=np.int64)
-        steady, inside = np.ones(n + 1, dtype=bool), np.ones(n + 1, dtype=bool)
-        steady[end[1:]] = self.steady[kinds[:-1], kinds[1:]]
-        inside[[0, *end]] = False
-        letter = np.repeat(end - width, width)[np.flatnonzero(inside) - 1]  # its first byte
-        steady[inside] = steady[letter] & (path[letter] >= 0)
-        tells[end, :128] &= self.steady[kinds][:, [kind(c) for c in range(128)]]
         known[mute], broken[mute] = False, 1
-        return known & steady, tells, broken.cumsum()
+        return known, tells, broken.cumsum()
 
 
 def load_tokenizer(name: str, revision: str | None = None, options: dict | None = None, day: str | None = None):
@@ -1079,36 +1107,33 @@ class PrefixTree:
         self.rest = np.array([bisect_right(strings, prefix) for prefix in prefixes])
         self.hi = np.array([bisect_right(strings, prefix + last) for prefix in prefixes])
         self.is_token = self.rest > self.lo
-        key = np.array([node[prefix[:-1]] for prefix in prefixes]) * 256 + self.byte
+        self.parent = np.array([node[prefix[:-1]] for prefix in prefixes])
+        self.parent[0] = -1
+        key = self.parent * 512 + self.byte
         self.child = 1 + np.argsort(key[1:], kind="stable")  # those of a node are consecutive, ordered by byte
         self.child_key = key[self.child]
-        self.child_start = np.searchsorted(self.child_key, np.arange(len(prefixes) + 1) * 256)
+        self.child_start = np.searchsorted(self.child_key, np.arange(len(prefixes) + 1) * 512)
+
+    def down(self, node: np.ndarray, byte: np.ndarray) -> np.ndarray:
+        """The nodes of these prefixes and one more byte each; -1: there is none."""
+        at = np.searchsorted(self.child_key, key := node * 512 + byte).clip(max=len(self.child_key) - 1)
+        return np.where(self.child_key[at] == key, self.child[at], -1)
 
     def walk(self, text: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Every (i, end, node) such that some string starts with text[start[i]:end], end >= start[i]."""
-        index, end, node = np.arange(len(start)), start.copy(), np.zeros(len(start), dtype=np.int64)
-        found = [(index, end, node)]
+        text, found = np.append(text, END), []
+        index, end, node = np.arange(len(start)), start, np.zeros(len(start), dtype=np.int64)
         while len(index):
-            alive = end < len(text)
-            index, end, node = index[alive], end[alive], node[alive]
-            key = node * 256 + text[end]
-            at = np.searchsorted(self.child_key, key).clip(max=len(self.child_key) - 1)
-            alive = self.child_key[at] == key
-            index, end, node = index[alive], end[alive] + 1, self.child[at[alive]]
             found.append((index, end, node))
-        return tuple(np.concatenate(part) for part in zip(*found))
-
-    def step(self, node: int, byte: int) -> int:
-        """The node of this prefix and one more byte; -1: there is none."""
-        at = int(np.searchsorted(self.child_key, key := node * 256 + byte))
-        return int(self.child[at]) if at < len(self.child_key) and self.child_key[at] == key else -1
+            node = self.down(node, text[end])
+            on = np.flatnonzero(node >= 0)
+            index, end, node = index[on], end[on] + 1, node[on]
+        return tuple(np.concatenate(part) for part in zip(*found, (index, end, node)))
 
     def children(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(i, child): every child of nodes[i]."""
-        count = self.child_start[nodes + 1] - self.child_start[nodes]
-        index = np.repeat(np.arange(len(nodes)), count)
-        nth = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
-        return index, self.child[self.child_start[nodes][index] + nth]
+        index, at = ranges(self.child_start[nodes], self.child_start[nodes + 1])
+        return index, self.child[at]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1148,11 +1173,6 @@ class BytePairs:
                 self.ids[v.bytes[i]], (self.left[i], self.right[i]) = i, last
                 if last[0] >= 0:
                     self.time[i] = max(rank, *self.time[list(last)])
-        # merges by their first token: when they can happen at the earliest
-        of = sorted((a, b, rank) for (a, b), (rank, _) in self.merges.items())
-        self.first, self.second, rank = np.array(of, dtype=np.int64).reshape(-1, 3).T
-        self.when = np.maximum(rank, np.maximum(self.time[self.first], self.time[self.second]))
-        self.begin = np.searchsorted(self.first, np.arange(v.size + 1))
         # tokens in the order of the ranges, and where the range of each stops
         halves = defaultdict(list)
         for i in self.ids.values():
@@ -1169,12 +1189,38 @@ class BytePairs:
             self.stop[i] = max(self.stop[i], self.place[i] + 1)
             if self.left[i] >= 0:
                 self.stop[self.left[i]] = max(self.stop[self.left[i]], self.stop[i])
-        self.never = never
-        self.late = np.array(line)[np.argsort((self.left[line] + 1) * (never + 1) - self.time[line], kind="stable")]
-        self.late_key = (self.left[self.late] + 1) * (never + 1) - self.time[self.late]
+        late = np.array(line)[np.argsort((self.left[line] + 1) * (never + 1) - self.time[line], kind="stable")]
+        late_key = (self.left[late] + 1) * (never + 1) - self.time[late]
+        # merges by their first token, then when they can happen at the earliest, and the range that each forbids
+        pair = np.array([(*pair, rank) for pair, (rank, _) in self.merges.items()], dtype=np.int64).reshape(-1, 3)
+        first, second, when = pair[self.place[pair[:, 1]] >= 0].T
+        when = np.maximum(when, np.maximum(self.time[first], self.time[second]))
+        order = np.lexsort((when, first))
+        first, second, when = first[order], second[order], when[order]
+        self.never, self.first = never, first * (never + 1) + when
+        last = np.searchsorted(late_key, (second + 1) * (never + 1) - when, side="right") - 1
+        below = (last >= 0) & (self.left[late[last]] == second)
+        self.range = self.place[second], np.where(below, self.stop[late[last]], self.place[second] + 1)
         self.place[v.literal] = v.size  # a token that is text as it stands: nothing forbids it
-        self.placed, self.longest = self.place[v.order], max(map(len, self.ids))  # in the order of the tree
-        self.forbidden = functools.lru_cache(1 << 16)(self._forbidden)
+        # per node of the tree: its token, and the places of all tokens below it, in runs
+        self.tree, self.width = v.tree, v.size + 2
+        of, ids = np.repeat(np.arange(len(v.tree.lo)), v.tree.rest - v.tree.lo), np.array(list(self.ids.values()))
+        self.token, node, found = np.full(len(v.tree.lo), -1), of[v.rank[ids]], []
+        self.token[node] = ids
+        while len(node):
+            found.append(node * self.width + self.place[ids])
+            node, ids = v.tree.parent[node], ids[v.tree.parent[node] >= 0]
+            node = node[node >= 0]
+        key = np.unique(np.concatenate(found))
+        start = np.flatnonzero(np.diff(key, prepend=-2) > 1)
+        self.run_start, self.run_stop = (
+            key[start] % self.width,
+            key[np.append(start[1:], len(key)) - 1] % self.width + 1,
+        )
+        self.run = np.searchsorted(key[start], np.arange(len(v.tree.lo) + 1) * self.width)
+        # what may not follow the tokens that have been asked for: disjoint ranges, by the number of the token
+        self.number, self.count = np.append(np.full(v.size, -1), 0), 1
+        self.start, self.end, self.used = np.zeros(1 << 16, dtype=np.int64), np.zeros(1 << 16, dtype=np.int64), 0
 
     def symbols(self, data: bytes) -> list[int | None]:
         """Ids of single letters or bytes, before any merge; None for what cannot be written."""
@@ -1186,47 +1232,57 @@ class BytePairs:
             out += [known] if known is not None else [self.byte[b] for b in c.encode(errors="surrogateescape")]
         return out
 
-    def states(self, data: bytes) -> list[list[int | None]]:
-        """Last tokens of the encodings of data[:0], data[:1], ..: one each, or none."""
-        found: list[list[int | None]] = [[None], *([] for _ in data)]
-        for start, last in enumerate(found):
-            for token in last:
-                first, stop = ((), ()) if token is None else self.forbidden(token)
-                for end in range(start + 1, min(start + self.longest, len(data)) + 1):
-                    if (i := self.ids.get(data[start:end])) is not None:
-                        before = bisect_right(first, self.place[i]) - 1
-                        if before < 0 or stop[before] <= self.place[i]:
-                            found[end].append(i)
-        return found
+    def _forbid(self, token: np.ndarray) -> None:
+        """Find the ranges that may not follow these tokens, those of them that are new."""
+        token = np.unique(token[self.number[token] < 0])
+        number = self.number[token] = self.count + np.arange(len(token))
+        self.count, limit, found = self.count + len(token), np.full(len(token), self.never), []
+        while len(token):
+            stop = np.searchsorted(self.first, token * (self.never + 1) + limit)
+            index, merge = ranges(np.searchsorted(self.first, token * (self.never + 1)), stop)
+            found.append([number[index] * self.width + side[merge] for side in self.range])
+            on = self.right[token] >= 0
+            number, limit, token = number[on], self.time[token[on]], self.right[token[on]]
+        if not found:
+            return
+        start, stop = map(np.concatenate, zip(*found))
+        order = np.argsort(start)
+        start, stop = start[order], np.maximum.accumulate(stop[order])
+        apart = start[1:] > stop[:-1]
+        start, stop = start[np.append(True, apart)[: len(start)]], stop[np.append(apart, True)[: len(stop)]]
+        used, self.used = self.used, self.used + len(start)
+        if self.used > len(self.start):
+            self.start, self.end = np.resize(self.start, 2 * self.used), np.resize(self.end, 2 * self.used)
+        self.start[used : self.used], self.end[used : self.used] = start, stop
 
-    def _forbidden(self, token: int) -> tuple[np.ndarray, np.ndarray]:
-        """(start, stop) of the ranges that may not follow `token`: sorted, and stops that never decrease."""
-        start, stop, limit = [], [], self.never
-        while True:
-            some = slice(self.begin[token], self.begin[token + 1])
-            second, when = self.second[some], self.when[some]
-            second, when = second[when < limit], when[when < limit]
-            last = np.searchsorted(self.late_key, (second + 1) * (self.never + 1) - when, side="right") - 1
-            below = (last >= 0) & (self.left[self.late[last]] == second)
-            start.append(self.place[second])
-            stop.append(np.where(below, self.stop[self.late[last]], self.place[second] + 1))
-            if self.right[token] < 0:
-                break
-            limit, token = self.time[token], self.right[token]
-        start, stop = np.concatenate(start), np.concatenate(stop)
-        order = np.argsort(start, kind="stable")
-        return start[order], np.maximum.accumulate(stop[order])
+    def _free(self, token: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """Whether some token of the places start .. stop - 1 may stand behind `token` (-1: a cut)."""
+        of = self.number[token] * self.width
+        at = np.searchsorted(self.start[: self.used], of + start, side="right") - 1
+        return (at < 0) | (self.end[at] < of + stop)
 
-    def may_follow(self, token: int | None, lo: int, hi: int) -> np.ndarray:
-        """(hi - lo,) which tokens lo..hi-1 of the sorted vocabulary may stand behind `token` (None: a cut)."""
-        place = self.placed[lo:hi]
-        if token is None:
-            return place >= 0
-        start, stop = self.forbidden(token)
-        if not len(start):
-            return place >= 0
-        before = np.searchsorted(start, place, side="right") - 1
-        return (place >= 0) & ((before < 0) | (stop[before] <= place))
+    def states(self, data: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """(len(data),) last token of the encoding of a word up to each offset: -1 where it begins, -2: none."""
+        first, end, node = self.tree.walk(data, np.arange(len(data)))
+        on = self.token[node] >= 0
+        first, end, token = first[on], end[on], self.token[node[on]]
+        self._forbid(token)
+        depth = first - begin[np.searchsorted(begin, first, side="right") - 1]
+        order, place = np.argsort(depth, kind="stable"), self.place[token]
+        state = np.full(len(data), -2)
+        state[begin] = -1
+        for some in np.split(order, np.flatnonzero(np.diff(depth[order])) + 1):
+            some = some[state[first[some]] > -2]
+            some = some[self._free(state[first[some]], place[some], place[some] + 1)]
+            state[end[some]] = token[some]
+        return state
+
+    def some(self, token: np.ndarray, node: np.ndarray) -> np.ndarray:
+        """Whether some token below each of these nodes of the tree may stand behind each of these tokens."""
+        index, run = ranges(self.run[node], self.run[node + 1])
+        out = np.zeros(len(node), dtype=bool)
+        out[index[self._free(token[index], self.run_start[run], self.run_stop[run])]] = True
+        return out
 
 
 class Reencoded:
@@ -1237,20 +1293,28 @@ class Reencoded:
     """
 
     def __init__(self, v: "Vocabulary", most: int = 64):
-        self.model, self.order, self.most = v.tokenizer.backend_tokenizer.model, v.order.tolist(), most
+        self.model, self.order, self.most, self.tree = v.tokenizer.backend_tokenizer.model, v.order, most, v.tree
         self.pieces = v.tokenizer.convert_ids_to_tokens(list(range(len(v.tokenizer))))
         self.space = "\u2581" if any("\u2581" in piece for piece in self.pieces) else " "
         self.encode = functools.lru_cache(1 << 16)(lambda text: [token.id for token in self.model.tokenize(text)])
 
-    def states(self, data: bytes) -> list[list[int | None]]:
-        """Last token of the encoding of data[:0], data[:1], ..; -1 inside a letter: anything may follow."""
-        texts = [data[:k].decode(errors="replace").replace(" ", self.space) for k in range(1, len(data) + 1)]
-        return [[None], *([-1 if "\ufffd" in text else self.encode(text)[-1]] for text in texts)]
+    def states(self, data: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """As BytePairs; -1 inside a letter, too: anything may follow."""
+        state = np.full(len(data), -1)
+        for first, stop in pairwise([*begin.tolist(), len(data)]):
+            text = data[first : stop - 1].astype(np.uint8).tobytes()
+            for k in range(1, len(text) + 1):
+                prefix = text[:k].decode(errors="replace").replace(" ", self.space)
+                state[first + k] = -1 if "\ufffd" in prefix else self.encode(prefix)[-1]
+        return state
 
-    def may_follow(self, token: int | None, lo: int, hi: int) -> np.ndarray:
-        if token is None or token < 0 or hi - lo > self.most:
-            return np.ones(hi - lo, dtype=bool)
-        return np.array([self.encode(self.pieces[token] + self.pieces[i]) == [token, i] for i in self.order[lo:hi]])
+    def some(self, token: np.ndarray, node: np.ndarray) -> np.ndarray:
+        """As BytePairs."""
+        asked = zip(token.tolist(), self.tree.lo[node].tolist(), self.tree.hi[node].tolist())
+        return np.array([t < 0 or hi - lo > self.most or self._some(t, lo, hi) for t, lo, hi in asked], dtype=bool)
+
+    def _some(self, token: int, lo: int, hi: int) -> bool:
+        return any(self.encode(self.pieces[token] + self.pieces[i]) == [token, i] for i in self.order[lo:hi])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1335,19 +1399,24 @@ def prefix_queries(
     if not ended:
         at, after = at[at < n], after[at < n]
     num_offsets = len(at)
-    told = sides[0].tells[at] & sides[1].tells[at]
+    told, here = sides[0].tells[at] & sides[1].tells[at], np.arange(num_offsets)
     full = sides[0].is_boundary[at] & sides[1].is_boundary[at]  # here the end of the text is told apart, too
     # the next byte is not told apart: one outcome for exactly the bytes up to the next offset
-    leap = (at < n) & ~told[np.arange(num_offsets), np.append(data, 0)[at]] & ((after <= n) | ended)
+    leap = (at < n) & ~told[here, np.append(data, 0)[at]] & ((after <= n) | ended)
     for side in sides:
         leap &= side.broken[at] == side.broken[after.clip(max=n)]
-    count = np.where(full, 257, told.sum(1)) + leap
+    tells = told.any(1)
+    some = np.flatnonzero(full | tells)
+    told, line = told[some], np.full(num_offsets, -1)
+    line[some] = np.arange(len(some))  # of an offset in `told` and `slot_of_byte`
+    count = leap.astype(np.int64)
+    count[some] += np.where(full[some], 257, np.count_nonzero(told, axis=1))
     first = count.cumsum() - count
-    num_outcomes = int(count.sum())
-    nowhere = num_outcomes
-    slot_of_byte = first[:, None] + np.where(full[:, None], np.arange(256), told.cumsum(1) - 1)
-    offset = np.repeat(np.arange(num_offsets), count)
-    hidden = slot_of_byte[full[:, None] & ~told]  # part of "anything else", although every byte has a slot there
+    nowhere = int(count.sum())  # the number of outcomes
+    whole = full[some][:, None]
+    slot_of_byte = first[some][:, None] + np.where(whole, np.arange(256), told.cumsum(1, dtype=np.int16) - 1)
+    offset = np.repeat(here, count)
+    hidden = slot_of_byte[whole & ~told]  # part of "anything else", although every byte has a slot there
     offset[hidden] = -1 - offset[hidden]
     slot_of_byte[~told] = nowhere
     leap_to = np.full(n + 2, nowhere)
@@ -1364,9 +1433,10 @@ def prefix_queries(
         used = offset_at[side.end] >= 0
         row, node, here = row[used], node[used], offset_at[side.end[used]]
         # the next byte: below every prefix that reaches a used offset; a `full` row is asked for all 256 at once
-        some = np.flatnonzero(told.any(1)[here] & ~(full[here] & (node == 0)))
+        some = np.flatnonzero(tells[here] & ~(full[here] & (node == 0)))
         index, child = tree.children(node[some])
-        bytes_ = row[some][index], tree.lo[child], tree.hi[child], slot_of_byte[here[some][index], tree.byte[child]]
+        slot = slot_of_byte[line[here[some]][index], tree.byte[child]]
+        bytes_ = row[some][index], tree.lo[child], tree.hi[child], slot
         # the total: what continues past the offset. A token that ends at a boundary without being on the path is
         # dropped: its text goes on in a way that no row of the path describes
         lo = np.where(side.is_boundary[at[here]], tree.rest[node], tree.lo[node])
