@@ -4,7 +4,7 @@
     python gold_data.py --make countdown --n 10000 --out train.jsonl write Countdown puzzles
 
 From top to bottom: rows (any data set -> prompt, completion, answer), Countdown, prompts (chat templates -> ids),
-vocabularies (token id <-> bytes), alignment (spans, shared bins, the queries of the prefix loss), batches, the report.
+vocabularies (token id <-> bytes), alignment (spans, the queries of the prefix loss), batches, the report.
 
 This file knows nothing about logits, models, lmbda, vLLM, or ranks.
 """
@@ -68,9 +68,12 @@ class Unusable(ValueError):
     """This row cannot be used; the message is the reason that is counted."""
 
 
-def _need(ok, why: str) -> None:
+def need(ok, why: str, error: type[Exception] = ValueError) -> None:
     if not ok:
-        raise Unusable(why)
+        raise error(why)
+
+
+_need = functools.partial(need, error=Unusable)
 
 
 COLUMNS = ("messages", "conversations", "prompt", "problem", "question", "nums")
@@ -201,8 +204,8 @@ def _open_folder(dataset: str, subset: str | None, split: str):
         configs = datasets.get_dataset_config_names(dataset)
         if subset is not None and subset not in configs:
             splits = datasets.get_dataset_split_names(dataset, configs[0])
-            if subset not in splits or split != "train":
-                raise ValueError(f"it has no subset {subset!r}: its subsets are {configs}, its splits {splits}")
+            known = f"its subsets are {configs}, its splits {splits}"
+            need(subset in splits and split == "train", f"it has no subset {subset!r}: {known}")
             print(f"data: {dataset} has no subset {subset!r} but a split of that name; using it")
             subset, split = configs[0], subset
         return datasets.load_dataset(dataset, subset, split=split)
@@ -230,22 +233,20 @@ def open_dataset(dataset: str, subset: str | None = None, split: str = "train") 
         stop = wanted.to_absolute({name: endless})[-1].to
     except ValueError as e:
         raise ValueError(f"split {split!r} is not understood: write a name or a slice, like train[:1024] ({e})") from e
-    if subset is not None and (dataset in BUILT_IN or path.suffix in FILES):
-        raise ValueError(f"{dataset} has no subsets, so no {subset!r}")
+    is_file = path.suffix in FILES
+    need(subset is None or not (dataset in BUILT_IN or is_file), f"{dataset} has no subsets, so no {subset!r}")
     if dataset in BUILT_IN:
-        if name not in ("train", "test") or "%" in split:
-            raise ValueError(f"built-in {dataset} has splits like train, test, train[:1024]; got {split!r}")
+        known = name in ("train", "test") and "%" not in split
+        need(known, f"built-in {dataset} has splits like train, test, train[:1024]; got {split!r}")
         n = stop if stop < endless // 2 else {"train": 4096, "test": 512}[name]
         data = datasets.Dataset.from_list(make_countdown(n, mini=dataset != "countdown", test=name == "test"))
-    elif (path.suffix in FILES or path.is_absolute()) and not path.exists():
-        raise FileNotFoundError(f"data set {dataset} does not exist")
-    elif path.suffix in FILES:
+    elif is_file or path.is_absolute() and not path.exists():
+        need(path.exists(), f"data set {dataset} does not exist", FileNotFoundError)
         data = _open_file(path)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(dataset)
         splits = saved if isinstance(saved, datasets.DatasetDict) else {name: saved}
-        if name not in splits:
-            raise ValueError(f"{dataset} has no split {name!r}; it has {sorted(splits)}")
+        need(name in splits, f"{dataset} has no split {name!r}; it has {sorted(splits)}")
         data = splits[name]
     else:
         data = _open_folder(dataset, subset, name)
@@ -264,11 +265,8 @@ def _parse(raw: dict, position: int, source: str = "") -> tuple[str, dict | None
     (column, text), *_ = raw.items()
     where = f"{source} {JSON.get(column, 'row')} {position + 1}".lstrip()
     if column in JSON:
-        if not text.strip():
-            return where, None
-        raw = _json(text, where)
-        if not isinstance(raw, dict):
-            raise ValueError(f"{where} is not an object: {text[:80]!r}")
+        raw = _json(text, where) if (full := text.strip()) else None
+        need(isinstance(raw, dict) or not full, f"{where} is not an object: {text[:80]!r}")
     return where, raw
 
 
@@ -286,6 +284,7 @@ def iter_rows(dataset: str, subset: str | None = None, split: str = "train") -> 
 
 
 INDEX = np.dtype([("position", "i8"), ("key", "i8"), ("digest", "i8"), ("answered", "?")])
+SCHEMAS = "`messages`, `prompt` (+`completion`), `problem` (+`[generated_]solution`), `question` (+`answer`) or `nums`"
 TOO_LONG = (  # for the student, for the teacher
     "prompt longer than max_length - max_completion_length (raise --max-length or lower --max-completion-length)",
     "prompt of the teacher that leaves no room for max_completion_length in its context (what it reads is too long)",
@@ -370,23 +369,21 @@ def load_rows(
     if template is not None:
         first = (_parse(data[i], i, dataset)[1] for i in positions[:FIRST_ROWS].tolist())
         columns = {"prompt", "completion", "answer"}.union(*filter(None, first))
-        if unknown := {m[1] for m in FIELD.finditer(template)} - {None} - columns:
-            asked, known = (", ".join(f"{{{name}}}" for name in sorted(names)) for names in (unknown, columns))
-            raise ValueError(f"teacher_prompt_template asks for {asked}, but rows of {dataset} have {known}")
+        unknown = {m[1] for m in FIELD.finditer(template)} - {None} - columns
+        asked, known = (", ".join(f"{{{name}}}" for name in sorted(names)) for names in (unknown, columns))
+        need(not unknown, f"teacher_prompt_template asks for {asked}, but rows of {dataset} have {known}")
     if len(rows):
         part, code = data.select(positions), Path(__file__).read_text()
         name = datasets.fingerprint.Hasher.hash([part._fingerprint, positions, code, tokenizers, rooms, template])
-        cache, value = Path(datasets.config.HF_DATASETS_CACHE) / "gold", datasets.Value
+        cache, workers = Path(datasets.config.HF_DATASETS_CACHE) / "gold", min(os.cpu_count(), len(part) // 10_000)
         cache.mkdir(parents=True, exist_ok=True)
-        types = {"why": value("string"), "key": value("int64"), "digest": value("int64"), "answered": value("bool")}
-        workers = min(os.cpu_count(), len(part) // 10_000)
+        types = {"why": "string", "key": "int64", "digest": "int64", "answered": "bool"}
+        how = {"source": dataset, "positions": positions, "tokenizers": tuple(tokenizers), "rooms": rooms}
+        how["template"] = template
         found = part.map(
             _examine, batched=True, with_indices=True, remove_columns=part.column_names, new_fingerprint=name,
-            features=datasets.Features(types), cache_file_name=str(cache / f"{name}.arrow"),
-            num_proc=workers if workers > 1 else None, fn_kwargs={
-                "source": dataset, "positions": positions, "tokenizers": tuple(tokenizers), "rooms": rooms,
-                "template": template,
-            },
+            features=datasets.Features({k: datasets.Value(v) for k, v in types.items()}), fn_kwargs=how,
+            cache_file_name=str(cache / f"{name}.arrow"), num_proc=workers if workers > 1 else None,
         ).data  # fmt: skip
         for name in INDEX.names[1:]:
             rows.index[name] = found[name].to_numpy()
@@ -394,11 +391,9 @@ def load_rows(
         for reason in filter(None, found["why"].unique().to_pylist()):
             rows.drop(why == reason, reason, dropped)
         rows = rows[np.equal(why, None)]
-    if not len(rows):
-        raise ValueError(
-            f"data set {dataset} ({split}) has no usable row; dropped: {in_words(dropped)}. Rows have `messages`, "
-            "`prompt` (+`completion`), `problem` (+`generated_solution`/`solution`), `question` (+`answer`) or `nums`"
-        )
+    need(
+        len(rows), f"data set {dataset} ({split}) has no usable row; dropped: {in_words(dropped)}. Rows have {SCHEMAS}"
+    )
     return rows, dropped
 
 
@@ -416,8 +411,7 @@ def hold_out(rows: Rows, ratio: float, seed: int, dropped: Dropped) -> tuple[Row
 
 def without(rows: Sequence[Row], others: Iterable[Row]) -> tuple[Sequence[Row], int]:
     """(rows that ask nothing that `others` ask, number dropped): keeps few-shot examples out of the questions."""
-    asked = [row.key for row in others]
-    if not asked:
+    if not (asked := [row.key for row in others]):
         return rows, 0
     same = np.isin(rows.index["key"], asked)
     return rows[~same], int(same.sum())
@@ -464,22 +458,17 @@ def countdown_puzzle(rng: random.Random, rule: Difficulty) -> dict | None:
     terms = [(n, str(n), 2) for n in nums]  # value, text, binding strength: 0 sum, 1 product, 2 atom
     while len(terms) > 1:
         a, b = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
-        term = _combine(a, b, rng.choice(rule.operations))
-        if term is None:
+        op = rng.choice(rule.operations)
+        quotient = a[0] // b[0] if a[0] % b[0] == 0 else 0
+        value = {"+": a[0] + b[0], "-": a[0] - b[0], "*": a[0] * b[0], "/": quotient}[op]
+        if value <= 0:
             return None
-        terms.append(term)
+        strength = 1 if op in "*/" else 0  # no more parentheses than it takes
+        left = f"({a[1]})" if a[2] < strength else a[1]
+        right = f"({b[1]})" if b[2] < strength or (b[2] == strength and op in "-/") else b[1]
+        terms.append((value, f"{left} {op} {right}", strength))
     target, solution, _ = terms[0]
     return {"nums": nums, "target": target, "solution": solution} if target <= rule.top_target else None
-
-
-def _combine(a: tuple[int, str, int], b: tuple[int, str, int], op: str) -> tuple[int, str, int] | None:
-    """a op b with as few parentheses as possible; None if the value is not a positive integer."""
-    quotient = a[0] // b[0] if a[0] % b[0] == 0 else 0
-    value = {"+": a[0] + b[0], "-": a[0] - b[0], "*": a[0] * b[0], "/": quotient}[op]
-    strength = 1 if op in "*/" else 0
-    left = f"({a[1]})" if a[2] < strength else a[1]
-    right = f"({b[1]})" if b[2] < strength or (b[2] == strength and op in "-/") else b[1]
-    return (value, f"{left} {op} {right}", strength) if value > 0 else None
 
 
 def mini_puzzle(rng: random.Random) -> dict | None:
@@ -512,18 +501,16 @@ def make_countdown(
         rule: how hard the published game is.
     Raises ValueError for a rule that makes no sense or does not allow n different puzzles.
     """
-    if not 1 <= rule.numbers[0] <= rule.numbers[1] or min(n, rule.top, rule.top_target) < 1:
-        raise ValueError(f"n and the limits of {rule} must be at least 1, and `numbers` in order")
-    if not rule.operations or set(rule.operations) - set("+-*/"):
-        raise ValueError(f"operations {rule.operations!r}: choose some of +-*/")
+    sense = 1 <= rule.numbers[0] <= rule.numbers[1] and min(n, rule.top, rule.top_target) >= 1
+    need(sense, f"n and the limits of {rule} must be at least 1, and `numbers` in order")
+    need(set() < {*rule.operations} <= {*"+-*/"}, f"operations {rule.operations!r}: choose some of +-*/")
     rng, rows, seen, misses = random.Random(f"countdown {seed} {test}"), [], set(), 0
     while len(rows) < n:
         puzzle = mini_puzzle(rng) if mini else countdown_puzzle(rng, rule)
         key = puzzle and (*puzzle["nums"], puzzle["target"])
         in_test = key and zlib.crc32(str((*sorted(key[:-1]), key[-1])).encode()) % 10 == 0
         misses = misses + 1 if key is None or key in seen or in_test != test else 0
-        if misses == 100_000:
-            raise ValueError(f"only {len(rows)} different puzzles found, {n} wanted: allow more or larger numbers")
+        need(misses < 100_000, f"only {len(rows)} different puzzles found, {n} wanted: allow more or larger numbers")
         if misses:
             continue
         seen.add(key)
@@ -574,10 +561,10 @@ def read_template(text: str | None) -> str | None:
         return None
     if os.path.isfile(text):
         text = Path(text).read_text("utf-8").removesuffix("\n")
-    if not re.search(r"[\s{]", text.strip()):
-        raise ValueError(f"teacher_prompt_template {text!r} is neither a file nor a text with a {{field}}")
-    if single := re.search("[{}]", FIELD.sub("", text)):
-        raise ValueError(f"teacher_prompt_template has a single {single[0]}: braces of its text are doubled, {{{{ }}}}")
+    fields = re.search(r"[\s{]", text.strip())
+    need(fields, f"teacher_prompt_template {text!r} is neither a file nor a text with a {{field}}")
+    single = re.search("[{}]|$", FIELD.sub("", text))[0]
+    need(not single, f"teacher_prompt_template has a single {single}: braces of its text are doubled, {{{{ }}}}")
     return text
 
 
@@ -592,8 +579,8 @@ def privileged(row: Row, template: str | None) -> tuple[Message, ...]:
     last = max(i for i, m in enumerate(row.prompt) if m["role"] == "user")
     has = row.columns | {"completion": row.completion, "answer": row.answer, "prompt": row.prompt[last]["content"]}
     names = {m[1] for m in FIELD.finditer(template)} - {None}
-    if lacks := sorted(name for name in names if has.get(name) in (None, "", [])):
-        raise Unusable(f"without {' and '.join(lacks)}, which teacher_prompt_template asks for")
+    lacks = sorted(name for name in names if has.get(name) in (None, "", []))
+    _need(not lacks, f"without {' and '.join(lacks)}, which teacher_prompt_template asks for")
     tell = lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
     text = FIELD.sub(lambda m: m[0][0] if m[1] is None else _text(tell(has[m[1]]), m[1]), template)
     return *row.prompt[:last], row.prompt[last] | {"content": text}, *row.prompt[last + 1 :]
@@ -601,12 +588,6 @@ def privileged(row: Row, template: str | None) -> tuple[Message, ...]:
 
 MARK = "5c1e"  # stands for an answer's text in a template
 OPENED = re.compile(r"<(\w+)>\s*(</\1>\s*)?$")  # at the end of a prompt: the answer goes on inside, or after the pair
-
-
-def _opened(tokenizer, prompt: str) -> str:
-    """What the template itself has opened at the end of a prompt, as it stands there."""
-    found = OPENED.search(prompt[-100:])
-    return found[0] if found and tokenizer.chat_template and f"<{found[1]}>" in tokenizer.get_chat_template() else ""
 
 
 def prompts(tokenizers: Sequence, row: Row, template: str | None = None) -> tuple[list[str], str | None]:
@@ -618,21 +599,23 @@ def prompts(tokenizers: Sequence, row: Row, template: str | None = None) -> tupl
     """
     import jinja2
 
-    texts, answer, asked = [], row.completion, (row.prompt, privileged(row, template))
+    texts, opened, answer, asked = [], [], row.completion, (row.prompt, privileged(row, template))
     for name, tokenizer, messages in zip(("student", "teacher"), tokenizers, asked):
         try:
             texts.append(render_prompt(tokenizer, messages))
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
             raise Unusable(f"refused by the {name}'s chat template: {e}") from e
-    tail, *others = [_opened(*both) for both in zip(tokenizers, texts)] or [""]
+        found = OPENED.search(texts[-1][-100:])  # by the template itself, not by the text of a message
+        known = found and tokenizer.chat_template and f"<{found[1]}>" in tokenizer.get_chat_template()
+        opened.append(found[0] if known else "")
+    tail, *others = opened or [""]
     if row.thoughts and answer is not None and tokenizers:
         turn = {"role": "assistant", "content": MARK} | row.thoughts
         whole, start = render_prompt(tokenizers[0], [*row.prompt, turn], begin=False), texts[0].removesuffix(tail)
         before = whole.removeprefix(start).rpartition(MARK)[0]
-        written = (
-            "</" not in tail and whole.startswith(start) and any(t.strip() in before for t in row.thoughts.values())
-        )
-        _need(written, f"{' and '.join(row.thoughts)}, which the student's chat template does not write")
+        written = whole.startswith(start) and any(t.strip() in before for t in row.thoughts.values())
+        why = f"{' and '.join(row.thoughts)}, which the student's chat template does not write"
+        _need(written and "</" not in tail, why)
         answer = before + answer
     if "</" not in tail:
         texts[1:] = [t if "</" in other else t.removesuffix(other) + tail for t, other in zip(texts[1:], others)]
@@ -670,8 +653,8 @@ def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
         return out
     if tokenizer.chat_template is None and tokenizer("a")["input_ids"][:1] == [bos]:
         out = [[bos, *ids] for ids in out]
-    first = [next((i for i, t in enumerate(ids) if t != bos), len(ids)) for ids in out]
-    return [ids[max(0, n - 1) :] for ids, n in zip(out, first)]
+    twice = lambda ids: next((i for i, t in enumerate(ids) if t != bos), len(ids)) - 1
+    return [ids[max(0, twice(ids)) :] for ids in out]
 
 
 def encode_prompt(tokenizer, messages: Iterable[Message]) -> list[int]:
@@ -691,8 +674,7 @@ def end_ids(tokenizer, also: Iterable[int] = ()) -> tuple[int, ...]:
         special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         found += [i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in special][:1]
     found += [i for i in (tokenizer.eos_token_id, *also) if i is not None]
-    if not found:
-        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no eos token, so no completion could ever end")
+    need(found, f"{tokenizer.name_or_path}: the tokenizer has no eos token, so no completion could ever end")
     return tuple(dict.fromkeys(found))
 
 
@@ -708,21 +690,17 @@ HEX_BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 def token_bytes(tokenizer) -> list[bytes | None]:
     """The bytes each id writes, None for ids that write none (specials, unknown, unused).
 
-    ByteLevel (GPT-2, Llama-3, Qwen), SentencePiece / Metaspace with byte fallback (Llama-2, Mistral, Gemma), tiktoken
-    encodings, WordPiece and word-level vocabularies (a piece that starts a word writes a space first: lossy).
+    ByteLevel (GPT-2, Llama-3, Qwen), SentencePiece / Metaspace with byte fallback (Llama-2, Mistral, Gemma), WordPiece
+    and word-level vocabularies (a piece that starts a word writes a space first: lossy).
     Raises ValueError that names the tokenizer if it is none of these.
     """
-    for encoding in (tokenizer, getattr(tokenizer, "tokenizer", None), getattr(tokenizer, "model", None)):
-        if hasattr(encoding, "decode_single_token_bytes"):
-            special = set(encoding._special_tokens.values())
-            known = {i: encoding.decode_single_token_bytes(i) for i in encoding._mergeable_ranks.values()}
-            return [known.get(i) for i in range(max([*known, *special]) + 1)]
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise ValueError(
-            f"{type(tokenizer).__name__} is neither a fast tokenizer nor a tiktoken encoding: its bytes are unknown"
-        )
-    if (spec := json.loads(tokenizer.backend_tokenizer.to_str()))["model"].get("end_of_word_suffix"):
-        raise ValueError(f"{tokenizer.name_or_path}: BPE with end-of-word suffixes does not say where spaces are")
+    fast = hasattr(tokenizer, "backend_tokenizer")
+    need(fast, f"{type(tokenizer).__name__} is no fast tokenizer: its bytes are unknown")
+    spec, why = (
+        json.loads(tokenizer.backend_tokenizer.to_str()),
+        "with end-of-word suffixes does not say where spaces are",
+    )
+    need(not spec["model"].get("end_of_word_suffix"), f"{tokenizer.name_or_path}: BPE {why}")
     model, special = spec["model"], {token["id"]: token["special"] for token in spec["added_tokens"]}
     parts = json.dumps([spec[k] for k in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     byte_level, metaspace = "ByteLevel" in parts, "\u2581" in parts
@@ -788,8 +766,8 @@ class Vocabulary:
     def __init__(self, tokenizer, ends: tuple[int, ...], size: int):
         self.tokenizer, self.ends, self.size = tokenizer, ends, size
         known = token_bytes(tokenizer)
-        if any(b is not None for b in known[size:]) or max(ends) >= size:
-            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has {len(known)} ids, the head {size} rows")
+        fits = max(ends) < size and all(b is None for b in known[size:])
+        need(fits, f"{tokenizer.name_or_path}: the tokenizer has {len(known)} ids, the head {size} rows")
         self.bytes: list[bytes | None] = known[:size] + [None] * (size - len(known))
         for i in ends:
             self.bytes[i] = None
@@ -815,21 +793,12 @@ class Vocabulary:
         cut = np.flatnonzero(np.cumsum(self.lengths[ids]) == 1 + len(guard))  # phantom space and guard
         return (ids[cut[-1] + 1 :], words[cut[-1] + 1 :]) if len(cut) else None
 
-    def _encode_bytes(self, data: bytes) -> tuple[list[int | None], list[int]]:
-        """What is not UTF-8: markers, each a word, and single bytes, which are no word at all."""
-        ids, words, at = [], [], 0
-        while at < len(data):
-            marker = self.markers.get(data[at : at + 2])
-            ids.append(self.single.get(data[at]) if marker is None else marker)
-            words.append(-1 if marker is None else at)
-            at += 1 if marker is None else 2
-        return ids, words
-
     def normal(self, text: str) -> str:
         """`text` in the Unicode normal form that this tokenizer gives every text."""
-        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())["normalizer"] or {}
-        for form in (part["type"] for part in spec.get("normalizers", [spec]) if "type" in part):
-            text = unicodedata.normalize(form, text) if form in ("NFC", "NFD", "NFKC", "NFKD") else text
+        if (normalizer := self.tokenizer.backend_tokenizer.normalizer) is not None:
+            spec = json.loads(normalizer.__getstate__())
+            for form in (part["type"] for part in spec.get("normalizers", [spec])):
+                text = unicodedata.normalize(form, text) if form in ("NFC", "NFD", "NFKC", "NFKD") else text
         return text
 
     def join(self, ids: Iterable[int]) -> bytes:
@@ -851,17 +820,18 @@ class Vocabulary:
             encoded = self.tokenizer(chars, return_offsets_mapping=True, **options)
             width = np.cumsum([0] + [len(c.encode()) for c in chars])
             return encoded["input_ids"], width[[end for _, end in encoded["offset_mapping"]]], np.zeros(0)
-        ids: list[int | None] = []
-        words: list[int] = []
-        parts = re.split("([\udc80-\udcff]+)", text.decode(errors="surrogateescape"))
+        ids, words = [], []
+        parts = re.split("(\udcff[\udc80-\udcbf]|[\udc80-\udcff])", text.decode(errors="surrogateescape"))
         for i, part in enumerate(parts):
-            if i % 2:  # what is not UTF-8 is no word at all
-                found = self._encode_bytes(part.encode(errors="surrogateescape"))
-            else:
-                tries = (self._encode_after(guard, part) for guard in self.guards if part)
-                found = next((found for found in tries if found is not None), ([None], [-1]) if part else ([], []))
-            words += [word if word < 0 else word + len(ids) for word in found[1]]
-            ids += found[0]
+            if i % 2:  # what is not UTF-8: a marker, which is a word, or bytes, which are none
+                marker = self.markers.get(data := part.encode(errors="surrogateescape"))
+                words += [-1] * len(data) if marker is None else [len(ids)]
+                ids += map(self.single.get, data) if marker is None else [marker]
+            elif part:
+                tries = (self._encode_after(guard, part) for guard in self.guards)
+                found = next((found for found in tries if found is not None), ([None], [0]))
+                words += [word + len(ids) for word in found[1]]
+                ids += found[0]
         ids = ids[: next((i for i, t in enumerate(ids) if t is None or not self.bytes[t]), len(ids))]  # unknown
         ends = np.cumsum(self.lengths[ids]) if ids else np.zeros(0, dtype=np.int64)
         keep, written = len(ids), self.join(ids)
@@ -871,19 +841,15 @@ class Vocabulary:
         return ids[:keep], ends[:keep], np.array(words[:keep], dtype=np.int64)
 
     @cached_property
-    def tokens(self) -> set[bytes]:
-        return {b for b in self.bytes if b}
-
-    @cached_property
-    def writing(self) -> list[int]:
-        """Ids that write something, sorted by their bytes."""
-        return sorted((i for i, b in enumerate(self.bytes) if b), key=self.bytes.__getitem__)
+    def strings(self) -> list[bytes]:
+        """What its tokens write, sorted; twice what two of them write."""
+        return sorted(filter(None, self.bytes))
 
     @cached_property
     def order(self) -> np.ndarray:
         """(size,) ids: those that write something sorted by their bytes, then the end ids, then the others."""
-        known = [*self.writing, *self.ends]
-        return np.array(known + sorted({*range(self.size)} - {*known}))
+        last = lambda i: self.ends.index(i) if i in self.ends else self.size
+        return np.array(sorted(range(self.size), key=lambda i: (0, b) if (b := self.bytes[i]) else (1, last(i))))
 
     @cached_property
     def rank(self) -> np.ndarray:
@@ -893,27 +859,27 @@ class Vocabulary:
     @cached_property
     def edge(self) -> np.ndarray:
         """(258,) where in `order` the tokens that start with byte 0, 1, .. begin, then the ends, then the others."""
-        first = [self.bytes[i][0] for i in self.writing]
-        return np.append(np.searchsorted(first, np.arange(257)), len(first) + len(self.ends))
+        edge = np.searchsorted([string[0] for string in self.strings], np.arange(257))
+        return np.append(edge, len(self.strings) + len(self.ends))
 
     @cached_property
     def tree(self) -> "PrefixTree":
-        return PrefixTree([self.bytes[i] for i in self.writing])
+        return PrefixTree(self.strings)
 
     @cached_property
     def rule(self) -> "BytePairs | Reencoded":
         """Which tokens may stand behind which. Raises ValueError for a kind of tokenizer we cannot tell it of."""
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        if (kind := spec["model"]["type"]) not in ("BPE", "Unigram"):
-            raise ValueError(f"{self.tokenizer.name_or_path}: prefix reads BPE and Unigram tokenizers, not {kind}")
-        byte_level = "ByteLevel" in json.dumps([spec["pre_tokenizer"], spec["decoder"]])
+        kind, byte_level = spec["model"]["type"], "ByteLevel" in json.dumps([spec["pre_tokenizer"], spec["decoder"]])
+        known = kind in ("BPE", "Unigram")
+        need(known, f"{self.tokenizer.name_or_path}: prefix reads BPE and Unigram tokenizers, not {kind}")
         return BytePairs(self, spec["model"], byte_level) if kind == "BPE" else Reencoded(self)
 
     @cached_property
     def joins(self) -> np.ndarray:
         """(256, 256) whether some token has these two bytes side by side; between others is always a boundary."""
         joins = np.zeros((256, 256), dtype=bool)
-        for b in self.tokens:
+        for b in self.strings:
             joins[list(b[:-1]), list(b[1:])] = True
         return joins
 
@@ -991,9 +957,8 @@ class Vocabulary:
         other = np.append(0, ((path[starts[:-1]] != canonical) | (words < 0)).cumsum())[first]
         known, broken = np.ones(n + 1, dtype=bool), np.zeros(n + 1, dtype=np.int64)
         # what the pre-tokenizer does at the end of a prefix; what is inside a letter may end as any other letter
-        code = np.frombuffer(
-            text.decode(errors="surrogateescape").encode("utf-32-le", "surrogatepass"), dtype=np.uint32
-        )
+        letters = text.decode(errors="surrogateescape").encode("utf-32-le", "surrogatepass")
+        code = np.frombuffer(letters, dtype=np.uint32)
         width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
         width[(code >= 0xDC80) & (code <= 0xDCFF)] = 1
         end, kinds = width.cumsum(), ASCII[code.clip(max=127)]
@@ -1006,30 +971,34 @@ class Vocabulary:
         last = np.full(n + 1, len(KINDS))  # kind of the letter that ends here
         last[end] = kinds
         last[:n][path[:n] < 0] = len(KINDS) + 1
-        tells = np.vstack(
-            [np.pad(self.steady[:, ASCII], ((0, 1), (0, 128)), constant_values=True), np.zeros(256, bool)]
-        )[last]
-
-        words_of, at = [], []
+        tells = np.pad(self.steady[:, ASCII], ((0, 2), (0, 128)), constant_values=True)
+        tells[-1] = False
+        tells, found, at = tells[last], [], []
         for (i, j), differs, start in zip(pairwise(first), np.diff(other).tolist(), starts[first].tolist()):
             if differs:
                 known[start + 1 : starts[j] + 1], broken[starts[j]] = False, 1
             else:
-                words_of.append(tuple(canonical[i:j]))
+                found.append(tuple(canonical[i:j]))
                 at.append(start)
-        if new := list(dict.fromkeys(word for word in words_of if word not in self.words)):
-            if len(self.words) + len(new) > 1 << 16:
-                self.words.clear()
-                new = list(dict.fromkeys(words_of))
+        if len(self.words) > 1 << 16:
+            self.words.clear()
+        if new := list(dict.fromkeys(word for word in found if word not in self.words)):
             self.words.update(zip(new, self._words(new)))
-        if words_of:
-            still_open, no = zip(*map(self.words.__getitem__, words_of))
+        if found:
+            still_open, no = zip(*map(self.words.__getitem__, found))
             known[np.concatenate(still_open) + np.repeat(at, list(map(len, still_open)))] = False
             tells.reshape(-1)[np.concatenate(no) + np.repeat(at, list(map(len, no))) * 256] = False
         if starts[-1] < n:
             known[starts[-1] + 1 :], broken[n] = False, 1
         known[mute], broken[mute] = False, 1
         return known, tells, broken.cumsum()
+
+
+def _pretrained(kind, name: str, revision: str | None):
+    try:
+        return kind.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
 
 
 def load_tokenizer(name: str, revision: str | None = None, options: dict | None = None, day: str | None = None):
@@ -1041,13 +1010,10 @@ def load_tokenizer(name: str, revision: str | None = None, options: dict | None 
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
+    tokenizer = _pretrained(AutoTokenizer, name, revision)
     template = "" if tokenizer.chat_template is None else tokenizer.get_chat_template()
-    if unknown := [k for k in options or () if not re.search(rf"\b{re.escape(k)}\b", template)]:
-        raise ValueError(f"the chat template of {name} has no option {' and no '.join(unknown)}")
+    unknown = [k for k in options or () if not re.search(rf"\b{re.escape(k)}\b", template)]
+    need(not unknown, f"the chat template of {name} has no option {' and no '.join(unknown)}")
     for key, value in (("chat_options", options), ("chat_date", day)):
         if value is not None:
             tokenizer.init_kwargs[key] = value  # saved with the tokenizer: an evaluation of a checkpoint has them too
@@ -1065,11 +1031,7 @@ def load_vocabulary(
     """The tokenizer of a model as bytes, with the ids that end its completions. Arguments as in `load_tokenizer`."""
     from transformers import AutoConfig, GenerationConfig
 
-    tokenizer = load_tokenizer(name, revision, options, day)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
+    tokenizer, config = load_tokenizer(name, revision, options, day), _pretrained(AutoConfig, name, revision)
     try:
         ends = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
     except OSError:
@@ -1106,7 +1068,6 @@ class PrefixTree:
         self.lo = np.array([bisect_left(strings, prefix) for prefix in prefixes])
         self.rest = np.array([bisect_right(strings, prefix) for prefix in prefixes])
         self.hi = np.array([bisect_right(strings, prefix + last) for prefix in prefixes])
-        self.is_token = self.rest > self.lo
         self.parent = np.array([node[prefix[:-1]] for prefix in prefixes])
         self.parent[0] = -1
         key = self.parent * 512 + self.byte
@@ -1173,30 +1134,26 @@ class BytePairs:
                 self.ids[v.bytes[i]], (self.left[i], self.right[i]) = i, last
                 if last[0] >= 0:
                     self.time[i] = max(rank, *self.time[list(last)])
-        # tokens in the order of the ranges, and where the range of each stops
-        halves = defaultdict(list)
-        for i in self.ids.values():
-            halves[self.left[i]].append(i)
-        todo, line = halves[-1], []
-        for of in halves.values():
-            of.sort(key=self.time.__getitem__)
-        while todo:
-            line.append(todo.pop())
-            todo += halves[line[-1]]
-        self.place, self.stop = np.full(v.size, -1), np.zeros(v.size, dtype=np.int64)
+        # tokens in the order of the ranges: each enters, at its time, right behind its left half
+        behind, line = {-1: None}, []
+        for i in sorted(self.ids.values(), key=lambda i: (self.time[i], len(v.bytes[i]))):
+            behind[i], behind[int(self.left[i])] = behind[int(self.left[i])], i
+        i = behind[-1]
+        while i is not None:
+            line.append(i)
+            i = behind[i]
+        self.place, self.stop = np.full(v.size, -1), np.zeros(v.size + 1, dtype=np.int64)
         self.place[line] = np.arange(len(line))
         for i in reversed(line):
             self.stop[i] = max(self.stop[i], self.place[i] + 1)
-            if self.left[i] >= 0:
-                self.stop[self.left[i]] = max(self.stop[self.left[i]], self.stop[i])
+            self.stop[self.left[i]] = max(self.stop[self.left[i]], self.stop[i])
         late = np.array(line)[np.argsort((self.left[line] + 1) * (never + 1) - self.time[line], kind="stable")]
         late_key = (self.left[late] + 1) * (never + 1) - self.time[late]
         # merges by their first token, then when they can happen at the earliest, and the range that each forbids
-        pair = np.array([(*pair, rank) for pair, (rank, _) in self.merges.items()], dtype=np.int64).reshape(-1, 3)
-        first, second, when = pair[self.place[pair[:, 1]] >= 0].T
-        when = np.maximum(when, np.maximum(self.time[first], self.time[second]))
-        order = np.lexsort((when, first))
-        first, second, when = first[order], second[order], when[order]
+        merges = np.array([(a, b, rank) for (a, b), (rank, _) in self.merges.items()], dtype=np.int64).reshape(-1, 3)
+        first, second, rank = merges[self.place[merges[:, 1]] >= 0].T
+        when = np.maximum(rank, np.maximum(self.time[first], self.time[second]))
+        first, second, when = np.array([first, second, when])[:, np.lexsort((when, first))]
         self.never, self.first = never, first * (never + 1) + when
         last = np.searchsorted(late_key, (second + 1) * (never + 1) - when, side="right") - 1
         below = (last >= 0) & (self.left[late[last]] == second)
@@ -1213,10 +1170,8 @@ class BytePairs:
             node = node[node >= 0]
         key = np.unique(np.concatenate(found))
         start = np.flatnonzero(np.diff(key, prepend=-2) > 1)
-        self.run_start, self.run_stop = (
-            key[start] % self.width,
-            key[np.append(start[1:], len(key)) - 1] % self.width + 1,
-        )
+        self.run_start, stop = key[start] % self.width, np.append(start[1:], len(key)) - 1
+        self.run_stop = key[stop] % self.width + 1
         self.run = np.searchsorted(key[start], np.arange(len(v.tree.lo) + 1) * self.width)
         # what may not follow the tokens that have been asked for: disjoint ranges, by the number of the token
         self.number, self.count = np.append(np.full(v.size, -1), 0), 1
@@ -1311,10 +1266,9 @@ class Reencoded:
     def some(self, token: np.ndarray, node: np.ndarray) -> np.ndarray:
         """As BytePairs."""
         asked = zip(token.tolist(), self.tree.lo[node].tolist(), self.tree.hi[node].tolist())
-        return np.array([t < 0 or hi - lo > self.most or self._some(t, lo, hi) for t, lo, hi in asked], dtype=bool)
-
-    def _some(self, token: int, lo: int, hi: int) -> bool:
-        return any(self.encode(self.pieces[token] + self.pieces[i]) == [token, i] for i in self.order[lo:hi])
+        stands = lambda t, i: self.encode(self.pieces[t] + self.pieces[i]) == [t, i]
+        some = lambda t, lo, hi: t < 0 or hi - lo > self.most or any(stands(t, i) for i in self.order[lo:hi])
+        return np.array([some(*ask) for ask in asked], dtype=bool)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1331,24 +1285,6 @@ def spans(student_ends: np.ndarray, teacher_ends: np.ndarray) -> tuple[np.ndarra
     return span(student_ends), span(teacher_ends), len(common)
 
 
-def shared_bins(student: Vocabulary, teacher: Vocabulary) -> tuple[np.ndarray, np.ndarray, int]:
-    """(student bin (V,), teacher bin (U,), number of bins): many-to-one maps of both vocabularies onto shared bytes.
-
-    A token's bin is its longest prefix that is a token of both vocabularies; all ids that end a text share one bin, by
-    role, and what has no shared prefix shares the last.
-    """
-    number = {b: i for i, b in enumerate(sorted(student.tokens & teacher.tokens))}
-    end, nothing = len(number), len(number) + 1
-
-    def bins(v: Vocabulary) -> np.ndarray:
-        prefixes = ((number.get(b[:n]) for n in range(len(b), 0, -1)) for b in (b or b"" for b in v.bytes))
-        out = np.array([next((bin for bin in some if bin is not None), nothing) for some in prefixes])
-        out[list(v.ends)] = end
-        return out
-
-    return bins(student), bins(teacher), len(number) + 2
-
-
 def shared_ids(student: Vocabulary, teacher: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
     """Ids (K,), (K,) of the same byte strings in both vocabularies, one to one, and of the first end ids."""
     first_s, first_t = ({b: i for i, b in reversed(list(enumerate(v.bytes))) if b} for v in (student, teacher))
@@ -1360,18 +1296,15 @@ def shared_ids(student: Vocabulary, teacher: Vocabulary) -> tuple[np.ndarray, np
 class _PrefixSide:
     """One model's tokens over a text: where it has boundaries, and which prefixes cover which bytes."""
 
-    def __init__(self, vocabulary: Vocabulary, ids: list[int], text: np.ndarray):
-        n, tree = len(text), vocabulary.tree
-        self.tree, self.rank, self.num_tokens = tree, vocabulary.rank[ids], int(vocabulary.edge[257])
+    def __init__(self, vocabulary: Vocabulary, ids: list[int], text: bytes):
+        self.tree, self.rank, self.num_tokens = vocabulary.tree, vocabulary.rank[ids], int(vocabulary.edge[257])
         boundary = np.cumsum([0, *vocabulary.lengths[ids]])[: len(ids)]  # offset at which row i predicts
         rows = np.flatnonzero(~vocabulary.mute(ids))
-        index, self.end, self.node = tree.walk(text, boundary[rows])
-        self.row = rows[index]
-        self.row_at = np.full(n + 1, -1)
+        index, self.end, self.node = self.tree.walk(np.frombuffer(text, dtype=np.uint8), boundary[rows])
+        self.row, self.row_at = rows[index], np.full(len(text) + 1, -1)
         self.row_at[boundary] = np.arange(len(ids))
-        self.is_boundary = self.row_at >= 0
-        self.is_boundary[n] = True
-        self.known, self.tells, self.broken = vocabulary.closed(text.astype(np.uint8).tobytes(), ids)
+        self.is_boundary = np.append(self.row_at[:-1] >= 0, True)
+        self.known, self.tells, self.broken = vocabulary.closed(text, ids)
 
 
 def prefix_queries(
@@ -1379,21 +1312,15 @@ def prefix_queries(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, int]:
     """What gold_loss.prefix_loss has to ask both models about one completion (its docstring defines the terms).
 
-    An offset k is used if F(k) is known for both models. At a model's own boundary it always is, and so is the law of
-    the next byte. Inside a token t, d bytes in, F(k) is known if d = 1 or t[:d] is itself a token, and the next byte b
-    is told apart if t[:d] + b is a token: then a tokenizer that prefers long tokens covers that text with one token
-    from the same boundary, so the covering sum over the path is complete. (Of t = "abcd" without a token "abc", texts
-    that start with "abc" may be tokenised ab|c, which is on no path we evaluated.) For byte-pair encodings, which do
-    not always prefer the longest token, a little mass is still missed: `missed_mass` measures it.
+    An offset k is used if F(k) is complete for both models, and the next byte is told apart where both do so: see
+    `Vocabulary.closed`. Everything between two used offsets is one outcome.
 
     Args:
         student_ids, teacher_ids: tokens that write exactly `text`, then an end id if `ended`.
     Returns: (student queries, teacher queries, offset (O,), number of offsets M); a query's slot is an outcome 0..O-1
         or, for the total of offset m, -1 - m; a token of the path has -1 - M.
     """
-    data = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
-    n = len(data)
-    sides = [_PrefixSide(student, student_ids, data), _PrefixSide(teacher, teacher_ids, data)]
+    n, sides = len(text), [_PrefixSide(student, student_ids, text), _PrefixSide(teacher, teacher_ids, text)]
     known = np.flatnonzero(sides[0].known & sides[1].known)  # begins with 0
     at, after = known, np.append(known[1:], n + 1)  # n + 1: the end of the text
     if not ended:
@@ -1402,7 +1329,7 @@ def prefix_queries(
     told, here = sides[0].tells[at] & sides[1].tells[at], np.arange(num_offsets)
     full = sides[0].is_boundary[at] & sides[1].is_boundary[at]  # here the end of the text is told apart, too
     # the next byte is not told apart: one outcome for exactly the bytes up to the next offset
-    leap = (at < n) & ~told[here, np.append(data, 0)[at]] & ((after <= n) | ended)
+    leap = (at < n) & ~told[here, np.frombuffer(text + b"\0", dtype=np.uint8)[at]] & ((after <= n) | ended)
     for side in sides:
         leap &= side.broken[at] == side.broken[after.clip(max=n)]
     tells = told.any(1)
@@ -1463,6 +1390,7 @@ class Alignment:
     num_bytes: int  # of the completion
     scored_bytes: int  # of them compared
     prefix: tuple | None = None  # what prefix_queries returned
+    unwritten: int = 0  # bytes from the first on that the teacher's tokenizer cannot write, or normalises to others
 
 
 def same_vocabulary(a: Vocabulary, b: Vocabulary) -> bool:
@@ -1479,7 +1407,7 @@ def align(
     The text is the bytes of the student's ids as they are, never decoded and never re-tokenised for the student. The
     end token is part of it only where the student really stopped. If an id in the middle writes nothing (a special
     token that the teacher does not have) it counts as text of length 0, in no span. If the teacher cannot write some
-    byte, everything from there on is left out: see `scored_bytes`.
+    byte, everything from there on is left out: see `unwritten`.
     """
     content = completion_ids[:-1] if finished else completion_ids
     text, student_ends = student.join(content), student.lengths[content].cumsum()
@@ -1488,7 +1416,8 @@ def align(
     teacher_ids, teacher_ends = teacher.encode(text)
     if teacher.lossy and len(teacher_ends):
         teacher_ends[-1] = len(text)
-    complete = finished and (teacher_ends[-1] if len(teacher_ends) else 0) == len(text)
+    unwritten = len(text) - int(teacher_ends[-1] if len(teacher_ends) else 0)
+    complete = finished and not unwritten
     common = np.intersect1d(student_ends, teacher_ends)
     stop = int(common[-1]) if len(common) else 0
     if not complete:
@@ -1502,8 +1431,8 @@ def align(
         queries = prefix_queries(student, teacher, student_ids, teacher_ids, text[:stop], complete)
     *span, num_spans = spans(student_ends, teacher_ends)
     span[0][np.diff(student_ends, prepend=0) == 0] = -1
-    num_bytes = int(student.lengths[content].sum())
-    return Alignment(teacher_ids, len(student_ids), len(teacher_ids), *span, num_spans, num_bytes, stop, queries)
+    counts = num_spans, int(student.lengths[content].sum()), stop, queries, unwritten
+    return Alignment(teacher_ids, len(student_ids), len(teacher_ids), *span, *counts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1590,9 +1519,9 @@ def collate(samples: list[Sample], with_teacher: bool = True) -> Batch:
     if aligned[0] is None:
         return batch
     spans_before = np.cumsum([0] + [a.num_spans for a in aligned])
-    shifted = lambda parts: [np.where(part >= 0, part + n, -1) for part, n in zip(parts, spans_before)]
-    batch.student_span = torch.from_numpy(np.concatenate(shifted([a.student_span for a in aligned])))
-    batch.teacher_span = torch.from_numpy(np.concatenate(shifted([a.teacher_span for a in aligned])))
+    for side in ("student_span", "teacher_span"):
+        shifted = [np.where((x := getattr(a, side)) >= 0, x + n, -1) for a, n in zip(aligned, spans_before)]
+        setattr(batch, side, torch.from_numpy(np.concatenate(shifted)))
     batch.span_sample = torch.from_numpy(np.repeat(np.arange(len(samples)), np.diff(spans_before)))
     if aligned[0].prefix is not None:
         _collate_queries(batch, [a.prefix for a in aligned])
@@ -1676,16 +1605,15 @@ class Config:
 def main(config: Config) -> None:
     """Raises ValueError or OSError for what the user can put right."""
     if config.make is not None:
-        if config.out is None:
-            raise ValueError("--make needs a file to write: --out FILE.jsonl")
-        if config.make == "countdown-mini" and config.rule != Difficulty():
-            raise ValueError("countdown-mini has one difficulty: no --numbers, --top, --operations, --top-target")
+        need(config.out is not None, "--make needs a file to write: --out FILE.jsonl")
+        fits = config.make == "countdown" or config.rule == Difficulty()
+        need(fits, "countdown-mini has one difficulty: no --numbers, --top, --operations, --top-target")
         rows = make_countdown(config.n, config.seed, config.make == "countdown-mini", config.test, config.rule)
         Path(config.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{len(rows)} {'test' if config.test else 'training'} puzzles in {config.out}")
-    elif None in (config.student, config.teacher, config.text):
-        raise ValueError("name --student, --teacher and --text for a report, or --make and --out for puzzles")
     else:
+        named = None not in (config.student, config.teacher, config.text)
+        need(named, "name --student, --teacher and --text for a report, or --make and --out for puzzles")
         texts = [Path(config.text).read_text()]
         student, teacher = load_vocabulary(config.student), load_vocabulary(config.teacher)
         report = coverage(student, teacher, texts, prefix=not (student.lossy or teacher.lossy))
