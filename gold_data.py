@@ -27,10 +27,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
 import numpy as np
 import torch
 import tyro
@@ -191,15 +192,10 @@ def _open_file(path: Path):
         raise ValueError(f"{path} cannot be read: {e.__cause__ or e}") from e
 
 
-def _open_folder(dataset: str, subset: str | None, split: str):
-    """A split of a directory with a file for each, or of what has the layout of the Hub."""
+def _open_hub(dataset: str, subset: str | None, split: str):
+    """A split of what has the layout of the Hub, there or in a directory."""
     import datasets
 
-    # the library would read train.jsonl and train_1M.jsonl as one split "train"
-    files = {f.stem: f for f in Path(dataset).glob("*") if f.suffix in FILES}
-    named = subset if subset in files and split == "train" else split
-    if named in files and (subset is None or subset in files):
-        return _open_file(files[named])
     try:
         configs = datasets.get_dataset_config_names(dataset)
         if subset is not None and subset not in configs:
@@ -233,23 +229,25 @@ def open_dataset(dataset: str, subset: str | None = None, split: str = "train") 
         stop = wanted.to_absolute({name: endless})[-1].to
     except ValueError as e:
         raise ValueError(f"split {split!r} is not understood: write a name or a slice, like train[:1024] ({e})") from e
-    is_file = path.suffix in FILES
+    # the library would read train.jsonl and train_1M.jsonl of a directory as one split "train"
+    files, is_file = {f.stem: f for f in path.glob("*") if f.suffix in FILES}, path.suffix in FILES
+    file = files.get(subset if subset in files and name == "train" else name)
     need(subset is None or not (dataset in BUILT_IN or is_file), f"{dataset} has no subsets, so no {subset!r}")
+    need(path.exists() or not (is_file or path.is_absolute()), f"data set {dataset} does not exist", FileNotFoundError)
     if dataset in BUILT_IN:
         known = name in ("train", "test") and "%" not in split
         need(known, f"built-in {dataset} has splits like train, test, train[:1024]; got {split!r}")
         n = stop if stop < endless // 2 else {"train": 4096, "test": 512}[name]
         data = datasets.Dataset.from_list(make_countdown(n, mini=dataset != "countdown", test=name == "test"))
-    elif is_file or path.is_absolute() and not path.exists():
-        need(path.exists(), f"data set {dataset} does not exist", FileNotFoundError)
-        data = _open_file(path)
+    elif is_file or file is not None and (subset is None or subset in files):
+        data = _open_file(path if is_file else file)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(dataset)
         splits = saved if isinstance(saved, datasets.DatasetDict) else {name: saved}
         need(name in splits, f"{dataset} has no split {name!r}; it has {sorted(splits)}")
         data = splits[name]
     else:
-        data = _open_folder(dataset, subset, name)
+        data = _open_hub(dataset, subset, name)
     return data, np.concatenate([np.arange(part.from_, part.to) for part in wanted.to_absolute({name: len(data)})])
 
 
@@ -533,8 +531,6 @@ def render_prompt(tokenizer, messages: Iterable[Message], begin: bool = True) ->
     Without a chat template: "User: ...\\n\\nAssistant:\\n" with one such block per message. A template that refuses
     system messages gets the system text in front of the first user message. Options and day are `load_tokenizer`'s.
     """
-    import jinja2
-
     if tokenizer.chat_template is None:
         blocks = "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages)
         return f"{blocks}Assistant:\n" if begin else blocks
@@ -597,8 +593,6 @@ def prompts(tokenizers: Sequence, row: Row, template: str | None = None) -> tupl
     for it (<think>), the others open too, and the answer does not open it again. Its thoughts stand in front of it as
     the student's template writes them. Raises Unusable if a template refuses the row, or asks for what it lacks.
     """
-    import jinja2
-
     texts, opened, answer, asked = [], [], row.completion, (row.prompt, privileged(row, template))
     for name, tokenizer, messages in zip(("student", "teacher"), tokenizers, asked):
         try:
@@ -930,13 +924,15 @@ class Vocabulary:
         index, child = tree.children(node)
         some = self.rule.some(state[index], child)
         at, still_open = np.unique(end[index[some]] * 256 + tree.byte[child[some]]), np.flatnonzero(still_open)
-        cuts = np.searchsorted(still_open, begin), np.searchsorted(at, begin * 256)
-        parts = (np.split(x, cut[1:]) for x, cut in zip((still_open, at), cuts))
-        return [(x - first, y - first * 256) for x, y, first in zip(*parts, begin)]
+        parts = lambda x, n: pairwise([*np.searchsorted(x, begin * n).tolist(), None])
+        cuts = zip(begin.tolist(), parts(still_open, 1), parts(at, 256))
+        return [(still_open[a:b] - first, at[c:d] - first * 256) for first, (a, b), (c, d) in cuts]
 
     def mute(self, ids: list[int]) -> np.ndarray:
         """Which tokens are special ones that neither end a text nor are markers."""
-        return (self.lengths[ids] == 0) & ~np.isin(ids, self.ends)
+        mute = self.lengths == 0
+        mute[list(self.ends)] = False
+        return mute[ids]
 
     def closed(self, text: bytes, ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(known (n + 1,), tells (n + 1, 256), broken (n + 1,)) of a text of n bytes, written with `ids`.
@@ -1046,8 +1042,7 @@ def share_markers(student: Vocabulary, teacher: Vocabulary) -> None:
         {t.content: i for i, t in v.tokenizer.added_tokens_decoder.items() if i < v.size and v.bytes[i] is None}
         for v in (student, teacher)
     ]
-    ends = {*map(student.tokenizer.convert_ids_to_tokens, student.ends)}
-    ends |= {*map(teacher.tokenizer.convert_ids_to_tokens, teacher.ends)}
+    ends = {name for v in (student, teacher) for name in v.tokenizer.convert_ids_to_tokens(list(v.ends))}
     for n, name in enumerate(sorted(known[0].keys() & known[1].keys() - ends)[:64]):
         for v, ids in zip((student, teacher), known):
             v.bytes[i := ids[name]] = bytes([255, 128 + n])
@@ -1114,59 +1109,55 @@ class BytePairs:
 
     def __init__(self, v: "Vocabulary", model: dict, byte_level: bool):
         vocab, pairs = model["vocab"], (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-        self.merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(pairs)}
-        self.letter = {c.replace("\u2581", " "): i for c, i in vocab.items() if len(c) == 1}
-        self.byte = {b: vocab.get(f"<0x{b:02X}>") for b in range(256)}
-        if byte_level:
-            self.letter, self.byte = {}, {b: vocab.get(c) for c, b in GPT2_BYTES.items()}
-        never = len(self.merges)
-        self.left, self.right, self.time = (np.full(v.size, x) for x in (-1, -1, -1))
-        self.ids: dict[bytes, int] = {}  # of the tokens that encodings hold
+        merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(pairs)}
+        letter = {} if byte_level else {c.replace("\u2581", " "): i for c, i in vocab.items() if len(c) == 1}
+        alphabet = GPT2_BYTES if byte_level else {f"<0x{b:02X}>": b for b in range(256)}
+        byte, never = {b: vocab.get(c) for c, b in alphabet.items()}, len(merges)
+        left, self.right, self.time = (np.full(v.size, x) for x in (-1, -1, -1))
+        made: dict[bytes, int] = {}  # the tokens that encodings hold
         for i in sorted((i for i, b in enumerate(v.bytes) if b), key=lambda i: len(v.bytes[i])):
-            ids, last = self.symbols(v.bytes[i]), (-1, -1)
+            known = ([letter[c]] if c in letter else map(byte.get, c.encode(errors="surrogateescape"))
+                     for c in v.bytes[i].decode(errors="surrogateescape"))  # fmt: skip
+            ids, last = [*chain.from_iterable(known)], (-1, -1)
             while len(ids) > 1:
-                rank, at = min((self.merges.get(p, (never,))[0], n) for n, p in enumerate(pairwise(ids)))
+                rank, at = min((merges.get(p, (never,))[0], n) for n, p in enumerate(pairwise(ids)))
                 if rank == never:
                     break
                 last = ids[at], ids[at + 1]
-                ids[at : at + 2] = [self.merges[last][1]]
+                ids[at : at + 2] = [merges[last][1]]
             if ids == [i]:
-                self.ids[v.bytes[i]], (self.left[i], self.right[i]) = i, last
+                made[v.bytes[i]], (left[i], self.right[i]) = i, last
                 if last[0] >= 0:
                     self.time[i] = max(rank, *self.time[list(last)])
-        # tokens in the order of the ranges: each enters, at its time, right behind its left half
-        behind, line = {-1: None}, []
-        for i in sorted(self.ids.values(), key=lambda i: (self.time[i], len(v.bytes[i]))):
-            behind[i], behind[int(self.left[i])] = behind[int(self.left[i])], i
-        i = behind[-1]
-        while i is not None:
-            line.append(i)
-            i = behind[i]
-        self.place, self.stop = np.full(v.size, -1), np.zeros(v.size + 1, dtype=np.int64)
-        self.place[line] = np.arange(len(line))
-        for i in reversed(line):
-            self.stop[i] = max(self.stop[i], self.place[i] + 1)
-            self.stop[self.left[i]] = max(self.stop[self.left[i]], self.stop[i])
-        late = np.array(line)[np.argsort((self.left[line] + 1) * (never + 1) - self.time[line], kind="stable")]
-        late_key = (self.left[late] + 1) * (never + 1) - self.time[late]
-        # merges by their first token, then when they can happen at the earliest, and the range that each forbids
-        merges = np.array([(a, b, rank) for (a, b), (rank, _) in self.merges.items()], dtype=np.int64).reshape(-1, 3)
+        # in the order of the ranges: each enters, at its time, right behind its left half, in front of what is there
+        made = np.array(sorted(made.values(), key=lambda i: (self.time[i], len(v.bytes[i]))))
+        behind, after, self.place = {-1: v.size}, np.zeros(v.size, dtype=np.int64), np.full(v.size + 1, -1)
+        for i, half in zip(made.tolist(), left[made].tolist()):
+            after[i] = behind[i] = behind[half]
+            behind[half] = i
+        i = -1
+        for place in range(len(made) + 1):
+            self.place[i := behind[i]] = place
+        # merges by their first token, then when they can happen at the earliest, and the range that each forbids: up to
+        # what was behind the second then
+        merges = np.array([(a, b, rank) for (a, b), (rank, _) in merges.items()], dtype=np.int64).reshape(-1, 3)
         first, second, rank = merges[self.place[merges[:, 1]] >= 0].T
         when = np.maximum(rank, np.maximum(self.time[first], self.time[second]))
         first, second, when = np.array([first, second, when])[:, np.lexsort((when, first))]
-        self.never, self.first = never, first * (never + 1) + when
-        last = np.searchsorted(late_key, (second + 1) * (never + 1) - when, side="right") - 1
-        below = (last >= 0) & (self.left[late[last]] == second)
-        self.range = self.place[second], np.where(below, self.stop[late[last]], self.place[second] + 1)
+        key = lambda token, time: (token + 1) * (never + 1) + time
+        self.never, self.key, self.first = never, key, key(first, when)
+        child = made[np.argsort(key(left[made], self.time[made]), kind="stable")]
+        last = np.searchsorted(key(left[child], self.time[child]), key(second, when)) - 1
+        self.range = self.place[second], self.place[np.where(left[child[last]] == second, child[last], after[second])]
         self.place[v.literal] = v.size  # a token that is text as it stands: nothing forbids it
         # per node of the tree: its token, and the places of all tokens below it, in runs
         self.tree, self.width = v.tree, v.size + 2
-        of, ids = np.repeat(np.arange(len(v.tree.lo)), v.tree.rest - v.tree.lo), np.array(list(self.ids.values()))
-        self.token, node, found = np.full(len(v.tree.lo), -1), of[v.rank[ids]], []
-        self.token[node] = ids
+        node = np.repeat(np.arange(len(v.tree.lo)), v.tree.rest - v.tree.lo)[v.rank[made]]
+        self.token, found = np.full(len(v.tree.lo), -1), []
+        self.token[node] = made
         while len(node):
-            found.append(node * self.width + self.place[ids])
-            node, ids = v.tree.parent[node], ids[v.tree.parent[node] >= 0]
+            found.append(node * self.width + self.place[made])
+            node, made = v.tree.parent[node], made[v.tree.parent[node] >= 0]
             node = node[node >= 0]
         key = np.unique(np.concatenate(found))
         start = np.flatnonzero(np.diff(key, prepend=-2) > 1)
@@ -1177,24 +1168,13 @@ class BytePairs:
         self.number, self.count = np.append(np.full(v.size, -1), 0), 1
         self.start, self.end, self.used = np.zeros(1 << 16, dtype=np.int64), np.zeros(1 << 16, dtype=np.int64), 0
 
-    def symbols(self, data: bytes) -> list[int | None]:
-        """Ids of single letters or bytes, before any merge; None for what cannot be written."""
-        if not self.letter:
-            return [self.byte[b] for b in data]
-        out = []
-        for c in data.decode(errors="surrogateescape"):
-            known = self.letter.get(c)
-            out += [known] if known is not None else [self.byte[b] for b in c.encode(errors="surrogateescape")]
-        return out
-
     def _forbid(self, token: np.ndarray) -> None:
         """Find the ranges that may not follow these tokens, those of them that are new."""
         token = np.unique(token[self.number[token] < 0])
         number = self.number[token] = self.count + np.arange(len(token))
         self.count, limit, found = self.count + len(token), np.full(len(token), self.never), []
         while len(token):
-            stop = np.searchsorted(self.first, token * (self.never + 1) + limit)
-            index, merge = ranges(np.searchsorted(self.first, token * (self.never + 1)), stop)
+            index, merge = ranges(*(np.searchsorted(self.first, self.key(token, time)) for time in (0, limit)))
             found.append([number[index] * self.width + side[merge] for side in self.range])
             on = self.right[token] >= 0
             number, limit, token = number[on], self.time[token[on]], self.right[token[on]]
@@ -1240,15 +1220,18 @@ class BytePairs:
         return out
 
 
+MOST = 64
+
+
 class Reencoded:
     """Any other tokenizer whose encodings stay encodings when they are cut at a boundary, like Unigram: it is asked.
 
     Two tokens may stand side by side if the text of both is encoded as both. Where that would have to be asked of more
-    than `most` tokens, all of them count as possible: fewer offsets are used then, not more.
+    than MOST tokens, all of them count as possible: fewer offsets are used then, not more.
     """
 
-    def __init__(self, v: "Vocabulary", most: int = 64):
-        self.model, self.order, self.most, self.tree = v.tokenizer.backend_tokenizer.model, v.order, most, v.tree
+    def __init__(self, v: "Vocabulary"):
+        self.model, self.order, self.tree = v.tokenizer.backend_tokenizer.model, v.order, v.tree
         self.pieces = v.tokenizer.convert_ids_to_tokens(list(range(len(v.tokenizer))))
         self.space = "\u2581" if any("\u2581" in piece for piece in self.pieces) else " "
         self.encode = functools.lru_cache(1 << 16)(lambda text: [token.id for token in self.model.tokenize(text)])
@@ -1267,7 +1250,7 @@ class Reencoded:
         """As BytePairs."""
         asked = zip(token.tolist(), self.tree.lo[node].tolist(), self.tree.hi[node].tolist())
         stands = lambda t, i: self.encode(self.pieces[t] + self.pieces[i]) == [t, i]
-        some = lambda t, lo, hi: t < 0 or hi - lo > self.most or any(stands(t, i) for i in self.order[lo:hi])
+        some = lambda t, lo, hi: t < 0 or hi - lo > MOST or any(stands(t, i) for i in self.order[lo:hi])
         return np.array([some(*ask) for ask in asked], dtype=bool)
 
 
@@ -1426,9 +1409,8 @@ def align(
     if complete:  # the end of the text is a byte of its own
         student_ends, teacher_ends = np.append(student_ends, stop + 1), np.append(teacher_ends, stop + 1)
         student_ids, teacher_ids = completion_ids, teacher_ids + [teacher.ends[0]]
-    queries = None
-    if prefix:
-        queries = prefix_queries(student, teacher, student_ids, teacher_ids, text[:stop], complete)
+    both = student, teacher, student_ids, teacher_ids, text[:stop], complete
+    queries = prefix_queries(*both) if prefix else None
     *span, num_spans = spans(student_ends, teacher_ends)
     span[0][np.diff(student_ends, prepend=0) == 0] = -1
     counts = num_spans, int(student.lengths[content].sum()), stop, queries, unwritten
@@ -1524,32 +1506,29 @@ def collate(samples: list[Sample], with_teacher: bool = True) -> Batch:
         setattr(batch, side, torch.from_numpy(np.concatenate(shifted)))
     batch.span_sample = torch.from_numpy(np.repeat(np.arange(len(samples)), np.diff(spans_before)))
     if aligned[0].prefix is not None:
-        _collate_queries(batch, [a.prefix for a in aligned])
+        batch.student_queries, batch.teacher_queries = (_queries([a.prefix for a in aligned], side) for side in (0, 1))
+        offsets = np.cumsum([0] + [a.prefix[3] for a in aligned])
+        shifted = [np.where((x := a.prefix[2]) < 0, x - n, x + n) for a, n in zip(aligned, offsets)]
+        batch.offset = torch.from_numpy(np.concatenate(shifted))
+        batch.offset_sample = torch.from_numpy(np.repeat(np.arange(len(samples)), np.diff(offsets)))
     return batch
 
 
-def _collate_queries(batch: Batch, parts: list[tuple]) -> None:
+def _queries(parts: list[tuple], side: int) -> dict[str, Tensor]:
     """One completion's slots after another's: all outcomes, then all totals, then one for the tokens of the path."""
-    merged = []
-    for side in (0, 1):
-        columns, rows, queries, outcomes, totals = defaultdict(list), 0, 0, 0, 0
-        for part in parts:
-            q, shift = part[side], {"row": rows, "full_row": rows, "path": queries, "full_slot": outcomes}
-            shift["slot"] = np.where(q["slot"] < 0, -totals, outcomes)
-            for key, column in q.items():
-                columns[key].append(column + shift.get(key, 0))
-            columns["start"].append(np.full(len(q["path"]), rows))
-            rows, queries = rows + len(q["path"]), queries + len(q["row"])
-            outcomes, totals = outcomes + len(part[2]), totals + part[3]
-        q = {key: torch.from_numpy(np.concatenate(column)) for key, column in columns.items()}
-        q["slot"] = torch.where(q["slot"] < 0, outcomes - 1 - q["slot"], q["slot"])
-        q["slot"][q["path"]] = outcomes + totals
-        merged.append(q)
-    batch.student_queries, batch.teacher_queries = merged
-    offsets = np.cumsum([0] + [part[3] for part in parts])
-    shifted = [np.where(part[2] < 0, part[2] - n, part[2] + n) for part, n in zip(parts, offsets)]
-    batch.offset = torch.from_numpy(np.concatenate(shifted))
-    batch.offset_sample = torch.from_numpy(np.repeat(np.arange(len(parts)), np.diff(offsets)))
+    columns, rows, queries, outcomes, totals = defaultdict(list), 0, 0, 0, 0
+    for part in parts:
+        q, shift = part[side], {"row": rows, "full_row": rows, "path": queries, "full_slot": outcomes}
+        shift["slot"] = np.where(q["slot"] < 0, -totals, outcomes)
+        for key, column in q.items():
+            columns[key].append(column + shift.get(key, 0))
+        columns["start"].append(np.full(len(q["path"]), rows))
+        rows, queries = rows + len(q["path"]), queries + len(q["row"])
+        outcomes, totals = outcomes + len(part[2]), totals + part[3]
+    q = {key: torch.from_numpy(np.concatenate(column)) for key, column in columns.items()}
+    q["slot"] = torch.where(q["slot"] < 0, outcomes - 1 - q["slot"], q["slot"])
+    q["slot"][q["path"]] = outcomes + totals
+    return q
 
 
 # ----------------------------------------------------------------------------------------------------------------------
