@@ -89,8 +89,8 @@ def _text(value, what: str) -> str:
         parts = [part.get("text") if isinstance(part, dict) else part for part in value]
         _need(all(isinstance(part, str) for part in parts), f"{what} with parts that are no text")
         return _text("".join(parts), what)
-    value = str(value) if type(value) is int else value
     _need(value is not None, f"no {what}")
+    value = str(value) if type(value) is int else value
     _need(isinstance(value, str), f"{what} is no text ({type(value).__name__})")
     _need(value.isascii() or not re.search("[\ud800-\udfff]", value), f"{what} with half a character")
     return value
@@ -513,9 +513,8 @@ def make_countdown(
             continue
         seen.add(key)
         nums, target, answer = puzzle["nums"], puzzle["target"], f"{puzzle['solution']} = {puzzle['target']}"
-        prompt = countdown_prompt(nums, target)
-        if mini:
-            prompt = [{"role": "user", "content": MINI_USER.format(target=target, nums=", ".join(map(str, nums)))}]
+        ask = MINI_USER.format(target=target, nums=", ".join(map(str, nums)))
+        prompt = [{"role": "user", "content": ask}] if mini else countdown_prompt(nums, target)
         completion = f"<think> {puzzle.get('think', answer)} </think>\n<answer> {answer} </answer>"
         rows.append({"prompt": prompt, "completion": completion, "nums": nums, "target": target})
     return rows
@@ -727,13 +726,9 @@ BEHIND = ("", "a", "s", "e", "l", "re", "ll", "A", "0", "00", " ", " a", "\n", "
 @functools.cache
 def kind(code: int) -> int:
     """Index of the letter of KINDS that a pre-tokenizer treats like this code point."""
-    c = chr(code)
-    if c not in KINDS and code < 128:
-        c = "a" if c.islower() else "A" if c.isupper() else "0" if c.isdigit() else "."
-    elif c not in KINDS:
-        name = unicodedata.category(c)
-        c = CATEGORY.get(name) or CATEGORY.get(name[0], "\u3002")
-    return KINDS.index(c)
+    c, name = chr(code), unicodedata.category(chr(code))
+    table, other = ({"Ll": "a", "Lu": "A", "N": "0"}, ".") if code < 128 else (CATEGORY, "\u3002")
+    return KINDS.index(c if c in KINDS else table.get(name) or table.get(name[0], other))
 
 
 ASCII = np.array([kind(code) for code in range(128)])
@@ -949,7 +944,7 @@ class Vocabulary:
         path[mute] = -1
         inner = starts[1:-1]
         fresh = (words[1:] != words[:-1]) | (words[1:] < 0) | ~self.joins[data[inner - 1], data[inner]]
-        first = [*([0] if canonical else []), *(np.flatnonzero(fresh) + 1).tolist(), len(canonical)]
+        first = np.unique([0, *np.flatnonzero(fresh) + 1, len(canonical)])
         other = np.append(0, ((path[starts[:-1]] != canonical) | (words < 0)).cumsum())[first]
         known, broken = np.ones(n + 1, dtype=bool), np.zeros(n + 1, dtype=np.int64)
         # what the pre-tokenizer does at the end of a prefix; what is inside a letter may end as any other letter
@@ -960,22 +955,17 @@ class Vocabulary:
         end, kinds = width.cumsum(), ASCII[code.clip(max=127)]
         kinds[code > 127] = [kind(c) for c in code[code > 127].tolist()]
         known[end[1:]] = self.steady[kinds[:-1], kinds[1:]]
-        inside = np.ones(n + 1, dtype=bool)
-        inside[[0, *end]] = False
-        letter = np.repeat(end - width, width)[np.flatnonzero(inside) - 1]  # its first byte
+        inside = np.flatnonzero(np.bincount(np.append(end, 0), minlength=n + 1) == 0)
+        letter = np.repeat(end - width, width)[inside - 1]  # its first byte
         known[inside] = known[letter] & (path[letter] >= 0)
         last = np.full(n + 1, len(KINDS))  # kind of the letter that ends here
         last[end] = kinds
         last[:n][path[:n] < 0] = len(KINDS) + 1
         tells = np.pad(self.steady[:, ASCII], ((0, 2), (0, 128)), constant_values=True)
         tells[-1] = False
-        tells, found, at = tells[last], [], []
-        for (i, j), differs, start in zip(pairwise(first), np.diff(other).tolist(), starts[first].tolist()):
-            if differs:
-                known[start + 1 : starts[j] + 1], broken[starts[j]] = False, 1
-            else:
-                found.append(tuple(canonical[i:j]))
-                at.append(start)
+        tells, cut, same = tells[last], starts[first], np.diff(other) == 0
+        known[ranges(cut[:-1][~same] + 1, cut[1:][~same] + 1)[1]], broken[cut[1:][~same]] = False, 1
+        found, at = [tuple(canonical[i:j]) for i, j in zip(first[:-1][same], first[1:][same])], cut[:-1][same]
         if len(self.words) > 1 << 16:
             self.words.clear()
         if new := list(dict.fromkeys(word for word in found if word not in self.words)):
@@ -983,7 +973,7 @@ class Vocabulary:
         if found:
             still_open, no = zip(*map(self.words.__getitem__, found))
             known[np.concatenate(still_open) + np.repeat(at, list(map(len, still_open)))] = False
-            tells.reshape(-1)[np.concatenate(no) + np.repeat(at, list(map(len, no))) * 256] = False
+            tells.reshape(-1)[np.concatenate(no) + np.repeat(at * 256, list(map(len, no)))] = False
         if starts[-1] < n:
             known[starts[-1] + 1 :], broken[n] = False, 1
         known[mute], broken[mute] = False, 1
@@ -1010,9 +1000,8 @@ def load_tokenizer(name: str, revision: str | None = None, options: dict | None 
     template = "" if tokenizer.chat_template is None else tokenizer.get_chat_template()
     unknown = [k for k in options or () if not re.search(rf"\b{re.escape(k)}\b", template)]
     need(not unknown, f"the chat template of {name} has no option {' and no '.join(unknown)}")
-    for key, value in (("chat_options", options), ("chat_date", day)):
-        if value is not None:
-            tokenizer.init_kwargs[key] = value  # saved with the tokenizer: an evaluation of a checkpoint has them too
+    told = {"chat_options": options, "chat_date": day}  # saved with it: an evaluation of a checkpoint has them too
+    tokenizer.init_kwargs |= {key: value for key, value in told.items() if value is not None}
     return tokenizer
 
 
@@ -1473,11 +1462,11 @@ class Batch:
 def _side(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(ids, mask, flat positions that predict the completions, their tokens) of one model."""
     long = lambda x: torch.tensor(x, dtype=torch.long)
-    both = [p + c for p, c in zip(prompts, completions)]
-    ids = pad_sequence([long(row) for row in both], batch_first=True)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in both], batch_first=True)
-    starts = [i * ids.size(1) + len(p) - 1 for i, p in enumerate(prompts)]
-    rows = [start + t for start, c in zip(starts, completions) for t in range(len(c))]
+    both = [long(p + c) for p, c in zip(prompts, completions)]
+    ids, mask = (pad_sequence(rows, batch_first=True) for rows in (both, list(map(torch.ones_like, both))))
+    rows = [
+        i * ids.size(1) + len(p) - 1 + t for i, (p, c) in enumerate(zip(prompts, completions)) for t in range(len(c))
+    ]
     return ids, mask, long(rows), long([t for c in completions for t in c])
 
 
@@ -1593,9 +1582,9 @@ def main(config: Config) -> None:
     else:
         named = None not in (config.student, config.teacher, config.text)
         need(named, "name --student, --teacher and --text for a report, or --make and --out for puzzles")
-        texts = [Path(config.text).read_text()]
         student, teacher = load_vocabulary(config.student), load_vocabulary(config.teacher)
-        report = coverage(student, teacher, texts, prefix=not (student.lossy or teacher.lossy))
+        prefix = not (student.lossy or teacher.lossy)
+        report = coverage(student, teacher, [Path(config.text).read_text()], prefix)
         print(say_coverage(report, config.student, config.teacher))
 
 
