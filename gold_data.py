@@ -489,15 +489,10 @@ def mini_puzzle(rng: random.Random) -> dict | None:
 def make_countdown(
     n: int, seed: int = 0, mini: bool = False, test: bool = False, rule: Difficulty = Difficulty()
 ) -> list[dict]:
-    """n different puzzles as rows with prompt, completion, nums and target.
+    """n different puzzles as rows with prompt, completion, nums and target; `mini`: `mini_puzzle`, asked in one line.
 
     Every puzzle belongs to train or test by a hash of its numbers, in any order, and target: the two never meet,
-    whatever the seeds and rules.
-
-    Args:
-        mini: `mini_puzzle` with a one-line prompt instead of the published game.
-        rule: how hard the published game is.
-    Raises ValueError for a rule that makes no sense or does not allow n different puzzles.
+    whatever the seeds and rules. Raises ValueError for a rule that makes no sense or has no n different puzzles.
     """
     sense = 1 <= rule.numbers[0] <= rule.numbers[1] and min(n, rule.top, rule.top_target) >= 1
     need(sense, f"n and the limits of {rule} must be at least 1, and `numbers` in order")
@@ -745,11 +740,8 @@ def ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 class Vocabulary:
     """A tokenizer as a map between ids and bytes, with its tokens sorted so that "starts with" is a range.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        ends: ids that end a completion; the first is the one written.
-        size: rows of the model's head; ids the tokenizer does not know write nothing.
-    Raises ValueError if the tokenizer has ids that the head has no row for.
+    `ends`: ids that end a completion, the first is the one written. `size`: rows of the model's head; ids the tokenizer
+    does not know write nothing. Raises ValueError if the tokenizer has ids that the head has no row for.
     """
 
     def __init__(self, tokenizer, ends: tuple[int, ...], size: int):
@@ -1027,10 +1019,9 @@ def load_vocabulary(
 
 def share_markers(student: Vocabulary, teacher: Vocabulary) -> None:
     """Special tokens of one text in both write two bytes that no text holds: they are aligned like other tokens."""
-    known = [
-        {t.content: i for i, t in v.tokenizer.added_tokens_decoder.items() if i < v.size and v.bytes[i] is None}
-        for v in (student, teacher)
-    ]
+    unwritten = lambda v, i: i < v.size and v.bytes[i] is None
+    added = [(v, v.tokenizer.added_tokens_decoder.items()) for v in (student, teacher)]
+    known = [{t.content: i for i, t in tokens if unwritten(v, i)} for v, tokens in added]
     ends = {name for v in (student, teacher) for name in v.tokenizer.convert_ids_to_tokens(list(v.ends))}
     for n, name in enumerate(sorted(known[0].keys() & known[1].keys() - ends)[:64]):
         for v, ids in zip((student, teacher), known):
