@@ -822,7 +822,7 @@ class Vocabulary:
         return ids[:keep], ends[:keep], np.array(words[:keep], dtype=np.int64)
 
     @cached_property
-    def strings(self) -> list[bytes]:
+    def tokens(self) -> list[bytes]:
         """What its tokens write, sorted; twice what two of them write."""
         return sorted(filter(None, self.bytes))
 
@@ -840,12 +840,12 @@ class Vocabulary:
     @cached_property
     def edge(self) -> np.ndarray:
         """(258,) where in `order` the tokens that start with byte 0, 1, .. begin, then the ends, then the others."""
-        edge = np.searchsorted([string[0] for string in self.strings], np.arange(257))
-        return np.append(edge, len(self.strings) + len(self.ends))
+        edge = np.searchsorted([string[0] for string in self.tokens], np.arange(257))
+        return np.append(edge, len(self.tokens) + len(self.ends))
 
     @cached_property
     def tree(self) -> "PrefixTree":
-        return PrefixTree(self.strings)
+        return PrefixTree(self.tokens)
 
     @cached_property
     def rule(self) -> "BytePairs | Reencoded":
@@ -860,7 +860,7 @@ class Vocabulary:
     def joins(self) -> np.ndarray:
         """(256, 256) whether some token has these two bytes side by side; between others is always a boundary."""
         joins = np.zeros((256, 256), dtype=bool)
-        for b in self.strings:
+        for b in self.tokens:
             joins[list(b[:-1]), list(b[1:])] = True
         return joins
 

@@ -89,7 +89,7 @@ def shared_bins(student: gold_data.Vocabulary, teacher: gold_data.Vocabulary) ->
     A token's bin is its longest prefix that is a token of both vocabularies; all ids that end a text share one bin, by
     role, and what has no shared prefix shares the last.
     """
-    number = {b: i for i, b in enumerate(sorted({*student.strings} & {*teacher.strings}))}
+    number = {b: i for i, b in enumerate(sorted({*student.tokens} & {*teacher.tokens}))}
     end, nothing = len(number), len(number) + 1
 
     def bins(v: gold_data.Vocabulary) -> np.ndarray:

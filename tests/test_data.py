@@ -244,7 +244,7 @@ def test_sorted_tokens(name):
     for b in range(256):
         assert set(order[v.edge[b] : v.edge[b + 1]]) == {i for i in writing if v.bytes[i][0] == b}
     assert order[v.edge[256] : v.edge[257]] == list(v.ends)
-    assert v.strings == sorted(v.bytes[i] for i in writing)
+    assert v.tokens == sorted(v.bytes[i] for i in writing)
 
 
 def check_tree(strings: list[bytes], text: bytes):
@@ -341,7 +341,7 @@ def test_equal_vocabularies_have_a_bin_per_string():
     v = vocabulary("byte level")
     student, teacher, _ = bins_loss.shared_bins(v, v)
     assert (student == teacher).all()
-    assert len(set(student.tolist())) == len(set(v.strings)) + 2
+    assert len(set(student.tolist())) == len(set(v.tokens)) + 2
 
 
 def expected_queries(v: Vocabulary, other: Vocabulary, ids, other_ids, text: bytes, ended: bool):
