@@ -1148,7 +1148,7 @@ class BytePairs:
         self.number, self.count = np.append(np.full(v.size, -1), 0), 1
         self.start, self.end, self.used = np.zeros(1 << 16, dtype=np.int64), np.zeros(1 << 16, dtype=np.int64), 0
 
-    def _forbid(self, token: np.ndarray) -> None:
+    def forbid(self, token: np.ndarray) -> None:
         """Find the ranges that may not follow these tokens, those of them that are new."""
         token = np.unique(token[self.number[token] < 0])
         number = self.number[token] = self.count + np.arange(len(token))
@@ -1181,7 +1181,7 @@ class BytePairs:
         first, end, node = self.tree.walk(data, np.arange(len(data)))
         on = self.token[node] >= 0
         first, end, token = first[on], end[on], self.token[node[on]]
-        self._forbid(token)
+        self.forbid(token)
         depth = first - begin[np.searchsorted(begin, first, side="right") - 1]
         order, place = np.argsort(depth, kind="stable"), self.place[token]
         state = np.full(len(data), -2)
@@ -1193,7 +1193,7 @@ class BytePairs:
         return state
 
     def some(self, token: np.ndarray, node: np.ndarray) -> np.ndarray:
-        """Whether some token below each of these nodes of the tree may stand behind each of these tokens."""
+        """Whether some token below each of these nodes may stand behind each of these tokens, which `forbid` knows."""
         index, run = ranges(self.run[node], self.run[node + 1])
         out = np.zeros(len(node), dtype=bool)
         out[index[self._free(token[index], self.run_start[run], self.run_stop[run])]] = True

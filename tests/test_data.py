@@ -669,6 +669,22 @@ def test_words_that_begin_alike_have_no_other_boundary_before_a_known_offset(nam
     assert used > 0.2 * len(data)
 
 
+@pytest.mark.parametrize("name", ["byte level", "digits", "tiktoken", "metaspace"])
+def test_a_token_may_follow_another_if_the_tokenizer_leaves_the_two_as_they_are(name):
+    v, rng = vocabulary(name), random.Random(0)
+    model, short = v.tokenizer.backend_tokenizer.model, lambda i: v.bytes[i].isalpha() and len(v.bytes[i]) < 4
+    encode = lambda *ids: [t.id for t in model.tokenize(v.join(ids).decode())]
+    made = {i for i, b in enumerate(v.bytes) if b and short(i) and encode(i) == [i] and i not in v.literal}
+    nodes = [
+        n for n, lo in enumerate(v.tree.lo) if v.tree.hi[n] - lo < 9 and all(map(short, v.order[lo : v.tree.hi[n]]))
+    ]
+    token, node = (np.array(rng.choices(some, k=1500)) for some in (sorted(made), nodes))
+    v.rule.forbid(token)
+    below = ([i for i in v.order[v.tree.lo[n] : v.tree.hi[n]] if i in made] for n in node)
+    expected = [any(encode(t, i) == [t, i] for i in some) for t, some in zip(token, below)]
+    assert v.rule.some(token, node).tolist() == expected and 0.5 < np.mean(expected) < 0.98
+
+
 # ---- prompts
 
 
