@@ -1573,9 +1573,9 @@ def main(config: Config) -> None:
     else:
         named = None not in (config.student, config.teacher, config.text)
         need(named, "name --student, --teacher and --text for a report, or --make and --out for puzzles")
+        texts = [Path(config.text).read_text()]
         student, teacher = load_vocabulary(config.student), load_vocabulary(config.teacher)
-        prefix = not (student.lossy or teacher.lossy)
-        report = coverage(student, teacher, [Path(config.text).read_text()], prefix)
+        report = coverage(student, teacher, texts, prefix=not (student.lossy or teacher.lossy))
         print(say_coverage(report, config.student, config.teacher))
 
 
