@@ -1194,9 +1194,13 @@ class BytePairs:
 
     def some(self, token: np.ndarray, node: np.ndarray) -> np.ndarray:
         """Whether some token below each of these nodes may stand behind each of these tokens, which `forbid` knows."""
-        index, run = ranges(self.run[node], self.run[node + 1])
-        out = np.zeros(len(node), dtype=bool)
-        out[index[self._free(token[index], self.run_start[run], self.run_stop[run])]] = True
+        out, todo, at, some = np.zeros(len(node), dtype=bool), np.arange(len(node)), self.run[node], 2
+        while len(todo):  # a few runs of each at first: mostly one of them is free
+            stop = np.minimum(at + some, self.run[node[todo] + 1])
+            index, run = ranges(at, stop)
+            out[todo[index[self._free(token[todo[index]], self.run_start[run], self.run_stop[run])]]] = True
+            on = ~out[todo] & (stop < self.run[node[todo] + 1])
+            todo, at, some = todo[on], stop[on], 8 * some
         return out
 
 
