@@ -67,25 +67,28 @@ def main() -> dict[str, float]:
     out.mkdir(parents=True, exist_ok=True)
     rows, test = puzzles(HINTED + PRACTICE), puzzles(QUESTIONS, test=True)
     texts = [f"{with_hint(row)['prompt'][0]['content']}\n{row['completion']}" for row in rows[:2000]]
-    gold_train.make_model(out / "init", texts, True, hidden=96, layers=3, seed=cfg.seed)
+    for i, name in enumerate(("init", "other-init")):  # two kinds of tokenizers
+        gold_train.make_model(out / name, texts, i == 0, hidden=96, layers=3, seed=cfg.seed + i)
     school = write(out / "school.jsonl", [*map(with_hint, rows[:HINTED]), *rows[:PLAIN]])
     practice = write(out / "practice.jsonl", rows[HINTED:])
     plain, hinted = write(out / "test.jsonl", test), write(out / "test_hint.jsonl", list(map(with_hint, test)))
-    student = str(out / "school" / "checkpoints" / "latest")
-    alone = replace(cfg, student_model=student, dataset=practice, max_steps=STEPS)
+    end = lambda name: str(out / name / "checkpoints" / "latest")
+    pupil = replace(cfg, dataset=school, max_steps=SCHOOL_STEPS)
+    alone = replace(cfg, student_model=end("school"), dataset=practice, max_steps=STEPS)
+    hints = {"teacher_prompt_template": TEMPLATE, "lmbda": 1.0, "ce_weight": 0.0, "temperature": 0.5}
     stages = {
-        "school": replace(cfg, student_model=str(out / "init"), dataset=school, max_steps=SCHOOL_STEPS),
+        "school": replace(pupil, student_model=str(out / "init")),
+        "other": replace(pupil, student_model=str(out / "other-init")),
         "answers": alone,
-        "self": replace(
-            alone, teacher_model=student, teacher_prompt_template=TEMPLATE, lmbda=1.0, ce_weight=0.0, temperature=0.5
-        ),
+        "self": replace(alone, teacher_model=end("school"), **hints),
+        "taught": replace(alone, teacher_model=end("other"), **hints),
     }
     for name, stage in stages.items():
-        gold_train.train(replace(stage, output_dir=str(out / name)), ranks, last=name == "self")
-    end = lambda name: str(out / name / "checkpoints" / "latest")
+        gold_train.train(replace(stage, output_dir=str(out / name)), ranks, last=name == "taught")
     found = {
-        "before": accuracy(student, plain), "after": accuracy(end("self"), plain),
-        "before, with the hint": accuracy(student, hinted), "answers alone": accuracy(end("answers"), plain),
+        "before": accuracy(end("school"), plain), "after": accuracy(end("self"), plain),
+        "before, with the hint": accuracy(end("school"), hinted), "answers alone": accuracy(end("answers"), plain),
+        "after the other": accuracy(end("taught"), plain), "other, with the hint": accuracy(end("other"), hinted),
     }  # fmt: skip
     for name, share in found.items():
         print(f"{name:24}{share:7.1%}")

@@ -1,0 +1,40 @@
+"""Fork: rollouts start short and grow. Completions the student writes have START tokens at first, all after GROW steps.
+
+    python forks/grow_length.py --output-dir out/grow      the embedded job; any flag of gold_train.py
+
+Expected: not measured yet.
+
+The first tokens carry most of what a teacher has to say about a sample (arXiv 2602.15260, 2606.22600), and a young
+student's long samples are mostly noise. Answers of the data set stay whole: from them it learns how texts end. The
+length is a function of the step, so a resumed run goes on as it was; a note that completions were cut is expected.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import gold_buffer
+import gold_train
+
+START, GROW = 8, 300  # tokens of the first window's rollouts; optimizer steps until they may be whole
+
+
+def length(step: int, most: int) -> int:
+    """Tokens that a rollout for this window may have, of at most `most`."""
+    return min(most, START + (most - START) * step // GROW)
+
+
+class Growing(gold_buffer.WindowBuffer):
+    def make(self, step, *args):
+        """Called in the order of the steps, by one thread."""
+        most = self.encoder.max_completion_length
+        self.sampling = replace(self.sampling, max_new_tokens=length(step, most))
+        return super().make(step, *args)
+
+
+gold_buffer.WindowBuffer = Growing
+
+if __name__ == "__main__":
+    gold_train.main()
