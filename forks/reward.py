@@ -77,10 +77,23 @@ def distill(cfg, parts, student, batch, stats, plain=gold_train.distill) -> tupl
     return loss._replace(total=loss.total - COEFFICIENT * (advantage * logp).sum().to(loss.total.dtype)), sample
 
 
+def setup(cfg, ranks, say, plain=gold_train.setup) -> gold_train.Run:
+    """gold_train.setup. Raises ValueError for samples without others to compare them with, or a row without answer."""
+    if cfg.lmbda > 0 and cfg.num_generations == 1:
+        raise ValueError("the reward of a sample is compared with others of its prompt: --num-generations 4")
+    run, task = plain(cfg, ranks, say), gold_eval.TASKS[TASK]
+    for row in run.buffer.rows.rows if cfg.lmbda > 0 else ():
+        has = row.meta | {"answer": row.answer, "completion": row.completion}
+        if lacks := [name for name in task.needs if has.get(name) is None]:
+            raise ValueError(f"the grader of {TASK} needs {lacks} of every row: {row.prompt[-1]['content'][:80]!r}")
+    return run
+
+
 gold_data.Sample = gold_buffer.Sample = Sample
 gold_data.Batch = Batch
 gold_data.collate = collate
 gold_buffer.WindowBuffer = Graded
+gold_train.setup = setup
 gold_train.distill = distill
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ pytest tests/test_forks.py       the tests of lora.py need peft: pip install pef
 import copy
 import dataclasses
 import importlib
+import os
 import shutil
+import subprocess
 import sys
 
 import conftest
@@ -14,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_context import HINT, hinted, write
-from test_train import ALONE, config, data, metrics, models, save, weights
+from test_train import ALONE, ROOT, command, config, data, metrics, models, save, weights
 
 import gold_buffer
 import gold_data
@@ -38,10 +40,53 @@ def fork():
 
     yield load
     for module, names in zip(FILES, before):
-        vars(module).clear()
         vars(module).update(names)
     for name in loaded:
         del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ["lora", "multi_teacher", "reward"])
+def test_two_ranks_train_as_one_does(fork, models, data, tmp_path, name):
+    """The command, under torchrun: the gradient is that of one process with a window of the same size."""
+    if name == "lora":
+        pytest.importorskip("peft")
+    how = {"max_steps": 2, "learning_rate": 1e-2}
+    if name == "reward":
+        data, how = (
+            write(tmp_path / "puzzles.jsonl", gold_data.make_countdown(40, mini=True)),
+            how | {"num_generations": 4},
+        )
+    two = config(models, data, tmp_path / "two", **how)
+    one = dataclasses.replace(two, gradient_accumulation_steps=4, output_dir=str(tmp_path / "one"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "forks" / f"{name}.py"), *command(two)], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    fork(name)
+    gold_train.train(one, ALONE)
+    for ours, theirs in zip(metrics(two.output_dir), metrics(one.output_dir), strict=True):
+        for key in ("actor/loss", "actor/grad_norm", "num_tokens"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+
+
+def test_the_readmes_recipe_fine_tunes_and_then_distils(models, data, tmp_path, monkeypatch):
+    """Its two commands as they stand there, with small models in the place of S and T, for two steps each."""
+    text = (ROOT / "README.md").read_text().partition("## Recipes")[2].partition("```bash\n")[2].partition("```")[0]
+    lines = [line.split()[1:] for line in text.splitlines()]
+    assert len(lines) == 2
+    shutil.copy(data, tmp_path / "answers.jsonl")
+    shutil.copy(data, tmp_path / "prompts.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        words = [{"S": models["student"], "T": models["cross"]}.get(word, word) for word in line]
+        few = "--max-steps 2 --max-length 80 --max-completion-length 8 --gradient-accumulation-steps 2".split()
+        monkeypatch.setattr("sys.argv", [*words, *few])
+        gold_train.main()
+    tuned = metrics(tmp_path / "out" / "tuned")[-1]
+    assert tuned["actor/ce_loss"] > 0 and tuned["gold/on_policy_ratio"] == 0
+    assert metrics(tmp_path / "out" / "gold")[-1]["gold/on_policy_ratio"] == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -75,7 +120,7 @@ def likes(letters: str):
     def grade(text: str, row: gold_data.Row) -> gold_eval.Grade:
         return gold_eval.Grade("ok" if text.strip()[:1].lower() in letters and text.strip() else "no_answer")
 
-    return gold_eval.Task("rows", grade)
+    return gold_eval.Task("rows", grade, needs=())
 
 
 def test_the_gradient_of_the_reward_is_the_advantage_times_that_of_the_log_probability(
@@ -113,6 +158,16 @@ def test_the_gradient_of_the_reward_is_the_advantage_times_that_of_the_log_proba
     assert max(gradient.abs().max() for gradient in expected) > 0.01
     for without, with_reward, wanted in zip(*found, expected):
         torch.testing.assert_close((with_reward - without).double(), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_what_cannot_be_rewarded_is_one_line(fork, models, data, tmp_path):
+    fork("reward")
+    for how, message in (
+        ({}, "--num-generations 4"),
+        ({"num_generations": 4}, r"needs \['nums', 'target'\] of every row"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            gold_train.train(config(models, data, tmp_path / "out", lmbda=1.0, **how), ALONE)
 
 
 def test_what_is_rewarded_becomes_more_frequent_and_the_logged_loss_stays_the_distillation_loss(
