@@ -77,23 +77,23 @@ def setup(cfg, ranks, say, plain=gold_train.setup) -> gold_train.Run:
     run = plain(cfg, ranks, say)
     if cfg.teacher_model is None:
         return run
-    if cfg.lag or cfg.seq_kd or cfg.eval_ratio:
-        raise ValueError("several teachers have no --lag, no --seq-kd and no --eval-ratio")
+    if cfg.lag or cfg.seq_kd or cfg.eval_ratio or cfg.loss_temperature != 1:
+        raise ValueError("several teachers have no --lag, no --seq-kd, no --eval-ratio and --loss-temperature 1")
     rows, options, day = run.buffer.rows.rows, json.loads(cfg.template_options or "{}"), run.identity["day"]
     names = [row.columns.get("teacher_id") or cfg.teacher_model for row in rows]
     read = lambda name, who: gold_data.load_vocabulary(*gold_data.hub_name(name), options.get(who), day)
     put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(ranks.device)
-    dtype = torch.float32 if {"auto": ranks.device.type, "fp32": "cpu"}.get(cfg.dtype) == "cpu" else torch.bfloat16
-    both = {
-        n: (read(cfg.student_model, "student"), read(n, "teacher"))
-        for n in {cfg.teacher_model: 0} | dict.fromkeys(names)
-    }
-    cross, each, parts = not all(gold_data.same_vocabulary(*pair) for pair in both.values()), {}, {}
+    low = cfg.dtype == "bf16" or cfg.dtype == "auto" and ranks.device.type == "cuda"
+    asked, each, parts = dict.fromkeys([cfg.teacher_model, *names]), {}, {}
+    both = {name: (read(cfg.student_model, "student"), read(name, "teacher")) for name in asked}
+    cross = not all(gold_data.same_vocabulary(*pair) for pair in both.values())
+    if cross and cfg.cross_tokenizer_loss == "none":
+        raise ValueError("some teacher has another tokenizer: choose a --cross-tokenizer-loss, like prefix")
     for name, (student, teacher) in both.items():
         model, head, pairing = run.parts.teacher, run.parts.teacher_head, run.parts.pairing
         if name != cfg.teacher_model:
-            model = gold_buffer.load_model(*gold_data.hub_name(name), dtype, ranks.device)
-            model = gold_buffer.LocalTeacher(model)
+            dtype = torch.bfloat16 if low else torch.float32
+            model = gold_buffer.LocalTeacher(gold_buffer.load_model(*gold_data.hub_name(name), dtype, ranks.device))
             head = gold_loss.Head(**model.head)
         if cross:
             gold_data.share_markers(student, teacher)
@@ -164,7 +164,7 @@ def sums(n: int, test: bool = False) -> list[dict]:
 
 
 def demo(cfg: gold_train.Config) -> dict[str, list[float]]:
-    """Shares of puzzles and of sums that each teacher solves, and the student before and after."""
+    """Shares of puzzles and of sums that the teachers solve, and the student before and after."""
     ranks, out = gold_train.setup_ranks(), Path(cfg.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     places = {"puzzler": f"{RUN}/teacher", "adder": out / "adder", "before": f"{RUN}/student", "after": out / "after"}

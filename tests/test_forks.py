@@ -236,6 +236,44 @@ def test_the_loss_of_a_mixed_window_is_that_of_each_teachers_rows_alone(fork, te
     assert row["num_tokens"] == tokens and row["actor/loss"] == pytest.approx(loss / tokens, rel=1e-5)
 
 
+def test_what_several_teachers_do_not_go_with_is_one_line(fork, teachers, tmp_path):
+    fork("multi_teacher")
+    rows = hinted()
+    rows[7]["teacher_id"] = teachers["cross"]
+    cfg = config(teachers, write(tmp_path / "rows.jsonl", rows), tmp_path / "out", "same")
+    for how, message in (
+        ({"lag": 1}, "no --lag"),
+        ({"cross_tokenizer_loss": "none"}, "choose a --cross-tokenizer-loss"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            gold_train.train(dataclasses.replace(cfg, **how), ALONE)
+
+
+def test_the_embedded_command_has_two_teachers_for_one_student(fork, tmp_path, monkeypatch):
+    """A few steps of each stage, on-policy too; the rows of sums name the second teacher."""
+    multi, init = fork("multi_teacher"), tmp_path / "run" / "teacher-init"
+    texts = [row["question"] + row["answer"] for row in multi.sums(50)]
+    gold_train.make_model(init, texts, True, hidden=32, layers=1, seed=0)
+    shutil.copytree(init, tmp_path / "run" / "teacher" / "checkpoints" / "latest")
+    gold_train.make_model(
+        tmp_path / "run" / "student" / "checkpoints" / "latest", texts, False, hidden=32, layers=1, seed=1
+    )
+    for name, value in {"RUN": tmp_path / "run", "ROWS": 20, "SCHOOL_STEPS": 2, "STEPS": 3, "QUESTIONS": 4}.items():
+        monkeypatch.setattr(multi, name, value)
+    flags = ["--output-dir", str(tmp_path / "out"), "--per-device-train-batch-size", "8"]
+    monkeypatch.setattr("sys.argv", ["multi_teacher.py", *flags])
+    real, shares = multi.demo, []
+    monkeypatch.setattr(multi, "demo", lambda cfg: shares.append(real(cfg)))
+    multi.main()
+    assert list(shares[0]) == ["puzzler", "adder", "before", "after"]
+    assert all(0 <= share <= 1 for pair in shares[0].values() for share in pair)
+    rows = gold_eval.read_jsonl(tmp_path / "out" / "both.jsonl")
+    assert [row.get("teacher_id", "").endswith("adder/checkpoints/latest") for row in rows] == [False] * 20 + [
+        True
+    ] * 20
+    assert len(metrics(tmp_path / "out" / "after")) == 3
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # lora.py
 
