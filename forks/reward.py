@@ -2,7 +2,9 @@
 
     python forks/reward.py --num-generations 4 --output-dir out/reward      the embedded job; any flag of gold_train.py
 
-Expected: not measured yet.
+Expected: 61.1 ± 2.2 % of 512 held-out puzzles, no gain: distillation alone solves 60.9 ± 2.2 % with four samples of a
+prompt (COEFFICIENT 0), 63.3 ± 2.1 % with one (gold_train.py). Of the student's samples 68 % are right in the end. Seed
+0, 2 shared CPU cores, 8 minutes for the last stage, 2026-11-26.
 
 The on-policy samples of one prompt are a group. A sample's advantage is its reward, 1 if gold_eval's grader says ok
 and else 0, less the mean of its group (not divided by the spread: arXiv 2503.20783), and the loss of each of its tokens

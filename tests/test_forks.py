@@ -360,8 +360,8 @@ def test_what_adapters_do_not_go_with_is_one_line(lora, models, data, tmp_path, 
 
 
 @pytest.mark.vllm
-def test_vllm_samples_from_the_merged_weights(lora, models, data, tmp_path):
-    """The drift between sampler and trainer tells: it would be that of the base."""
+def test_vllm_samples_from_the_merged_weights_and_opens_the_checkpoint(lora, models, data, tmp_path):
+    """The drift between sampler and trainer would tell of the base's weights."""
     pytest.importorskip("vllm")
     cfg = config(
         models, data, tmp_path / "out", lmbda=1.0, max_steps=3, learning_rate=3e-2, lr_scheduler="constant",
@@ -369,3 +369,11 @@ def test_vllm_samples_from_the_merged_weights(lora, models, data, tmp_path):
     )  # fmt: skip
     gold_train.train(cfg, ALONE)
     assert all(row["gold/drift"] < 1e-3 for row in metrics(cfg.output_dir))
+    requests, sampling = [gold_buffer.Request(list(range(5, 25)), 0)], gold_buffer.Sampling(8, 0.0)
+    opened = []
+    for engine in ("hf", "vllm"):
+        options = gold_eval.Options(engine=engine, max_length=64)
+        sampler, _ = gold_eval.open_model(str(tmp_path / "out" / "checkpoints" / "latest"), None, "cpu", options)
+        opened.append(sampler.generate(requests, sampling)[0].completion_ids)
+        sampler.close()
+    assert opened[0] == opened[1]
