@@ -1,7 +1,7 @@
 """Fork: LoRA. Adapters in all linear layers of the student are trained, its own weights are frozen.
 
-    pip install peft==0.21.2                                             for this fork only
-    python forks/lora.py --learning-rate 1e-2 --output-dir out/lora      the embedded job; any flag of gold_train.py
+    pip install peft==0.21.2      for this fork only
+    python forks/lora.py --learning-rate 1e-2 --split "train[:500]" --no-seq-kd      any flag of gold_train.py
 
 Expected: not measured yet.
 

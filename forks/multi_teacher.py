@@ -136,7 +136,7 @@ def distill(cfg, parts, student, batch, stats, plain=gold_train.distill) -> tupl
     return gold_loss.Loss(sum(loss.total for loss in losses), values, stats_of, torch.cat(rows)), torch.cat(samples)
 
 
-gold_data.Sample = gold_buffer.Sample = Sample
+gold_data.Sample = gold_buffer.Sample = gold_train.Sample = Sample
 gold_data.Batch = Batch
 gold_data.collate = collate
 gold_train.setup = setup

@@ -1,9 +1,9 @@
 """Fork: distillation plus a reward. What a grader calls right gets likelier than other samples of its prompt.
 
-    python forks/reward.py --num-generations 4 --output-dir out/reward      the embedded job; any flag of gold_train.py
+    python forks/reward.py --num-generations 4 --split "train[:500]" --no-seq-kd      any flag of gold_train.py
 
 Expected: 61.1 ± 2.2 % of 512 held-out puzzles, no gain: distillation alone solves 60.9 ± 2.2 % with four samples of a
-prompt (COEFFICIENT 0), 63.3 ± 2.1 % with one (gold_train.py). Of the student's samples 68 % are right in the end. Seed
+prompt (COEFFICIENT 0), 63.3 ± 2.1 % with one. Of the student's samples 68 % are right in the end. Seed
 0, 2 shared CPU cores, 8 minutes for the last stage, 2026-11-26.
 
 The on-policy samples of one prompt are a group. A sample's advantage is its reward, 1 if gold_eval's grader says ok
@@ -91,7 +91,7 @@ def setup(cfg, ranks, say, plain=gold_train.setup) -> gold_train.Run:
     return run
 
 
-gold_data.Sample = gold_buffer.Sample = Sample
+gold_data.Sample = gold_buffer.Sample = gold_train.Sample = Sample
 gold_data.Batch = Batch
 gold_data.collate = collate
 gold_buffer.WindowBuffer = Graded

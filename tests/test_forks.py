@@ -180,7 +180,7 @@ def test_what_is_rewarded_becomes_more_frequent_and_the_logged_loss_stays_the_di
         monkeypatch.setattr(reward, "COEFFICIENT", coefficient)
         cfg = config(
             models, data, tmp_path / str(coefficient), "same", lmbda=1.0, num_generations=4, max_steps=24,
-            per_device_train_batch_size=32, max_completion_length=6, learning_rate=1e-2, lr_scheduler="constant",
+            eval_ratio=0.2, per_device_train_batch_size=32, max_completion_length=6, learning_rate=1e-2, lr_scheduler="constant",
         )  # fmt: skip
         gold_train.train(cfg, ALONE)
         seen[coefficient] = metrics(cfg.output_dir)
@@ -363,9 +363,10 @@ def test_what_adapters_do_not_go_with_is_one_line(lora, models, data, tmp_path, 
 def test_vllm_samples_from_the_merged_weights_and_opens_the_checkpoint(lora, models, data, tmp_path):
     """The drift between sampler and trainer would tell of the base's weights."""
     pytest.importorskip("vllm")
+    wide = save(tmp_path / "wide", conftest.tiny_qwen(len(conftest.byte_level()), hidden=64), conftest.byte_level())
     cfg = config(
-        models, data, tmp_path / "out", lmbda=1.0, max_steps=3, learning_rate=3e-2, lr_scheduler="constant",
-        warmup_ratio=0.0, sampler="vllm", vllm_memory=2**25, max_completion_length=8,
+        models | {"student": wide}, data, tmp_path / "out", lmbda=1.0, max_steps=3, learning_rate=3e-2,
+        lr_scheduler="constant", warmup_ratio=0.0, sampler="vllm", vllm_memory=2**25, max_completion_length=8,
     )  # fmt: skip
     gold_train.train(cfg, ALONE)
     assert all(row["gold/drift"] < 1e-3 for row in metrics(cfg.output_dir))
