@@ -3,12 +3,15 @@
     pip install peft==0.21.2      for this fork only
     python forks/lora.py --learning-rate 1e-2 --split "train[:500]" --no-seq-kd      any flag of gold_train.py
 
-Expected: not measured yet.
+Expected: 39.8 ± 2.2 % of 512 held-out puzzles where all weights (gold_train.py, 3e-3) reach 63.3 ± 2.1 %: on a student
+of 0.4M weights that has hardly been trained, 92,160 in adapters are no substitute. What it is for: with a student of
+109M, optimizer and gradients take 31 MB instead of 1,314, and the peak of the process is 1.66 GB instead of 2.27. Seed
+0, 2 shared CPU cores, 9 minutes for the last stage, 2026-11-26.
 
 Checkpoints, evaluations and the vLLM sampler get merged weights: a checkpoint is an ordinary model directory; beside
 them lies lora/, what peft calls an adapter. --teacher-model the same as --student-model is the frozen base itself, read
 with the adapters switched off, not a second copy; it needs a --teacher-prompt-template to have something to teach.
-LoRA wants about ten times the learning rate of full fine-tuning. Random weights (the embedded job's, *-init) are
+LoRA wants two to ten times the learning rate of full fine-tuning. Random weights (the embedded job's, *-init) are
 trained in full. Base weights are kept in fp32, as all students are here.
 """
 
