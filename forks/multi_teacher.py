@@ -3,7 +3,9 @@
     python gold_train.py && python forks/multi_teacher.py     the embedded job, then its teacher and one that adds
     python forks/multi_teacher.py --student-model S --teacher-model T --dataset rows.jsonl    T: of rows that name none
 
-Expected: not measured yet.
+Expected, of 512 puzzles and 512 sums: the teachers solve 89.5 and 0.2 %, and 0.0 and 22.7 %; the student 0.4 and 0.2 %
+before and 38.5 ± 2.2 and 10.0 ± 1.3 % after 400 steps, some of both. Seed 0, 2 shared CPU cores, 3.4 minutes of one
+after the embedded job, 2026-11-26.
 
 The student reads a micro-batch once, each teacher its own rows of it, by its own chat template and in its own tokens.
 One divisor for the whole window, as ever: how rows meet in micro-batches does not matter. If any tokenizer differs from
