@@ -817,8 +817,8 @@ def open_sampler(cfg: Config, student, device: torch.device, say):
 
 
 def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
-    matrices = [p for p in student.parameters() if p.dim() >= 2]
-    vectors = [p for p in student.parameters() if p.dim() < 2]
+    trained = [p for p in student.parameters() if p.requires_grad]  # FORK: freeze the others, see forks/lora.py
+    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
     for p in matrices + vectors:  # what the first step would make: an engine must find the memory that is left
