@@ -10,9 +10,9 @@ Expected of the first: perplexity at most 1.811, 67.5 % of 200 new problems righ
 Blocks of a text are written from left to right, the tokens of a block in any order. The model reads [x_t ; x_0], the
 text with holes and the text without: a position of x_t sees its own block of x_t and the earlier blocks of x_0. Token i
 is read at position i - 1 (--no-shift: at i), as a causal LM has learned it: block size 1 *is* the causal LM. Not as in
-the paper's code: the noise is the number of holes of a block, not their rate (the same bound, a twelfth of its spread),
-and the model any causal LM with full attention. --teacher-model: its laws stand for tokens where that has no bias, at
-holes with no later token of their block in sight. (At all holes of own samples: OPDLM, arXiv 2606.06712.)
+the paper's code: the noise is a number of holes per block, not their rate (the same bound, less than a fifth of its
+spread), and the model any causal LM with full attention. --teacher-model: its laws stand for tokens where that has no
+bias, at holes with no later token of their block in sight. (At all holes of own samples: OPDLM, arXiv 2606.06712.)
 """
 
 import sys
@@ -75,7 +75,7 @@ class Config:
 EMBEDDED = Config(length=128, block_size=4, per_device_train_batch_size=16, max_steps=200, learning_rate=3e-3, ema=0.0,
                   lr_scheduler="cosine", draws=4, eval_max_samples=200, max_new_tokens=40)  # fmt: skip
 MAY_CHANGE = "output_dir save_steps resume tasks draws eval_max_samples max_new_tokens temperature top_p per_step"
-GOLDEN, HOLE = 0.618, "<|mask|>"  # multiples of 0.618, modulo 1, lie evenly, however many they are
+GOLDEN, HOLE = 0.618, "<|mask|>"  # multiples of GOLDEN, modulo 1, lie evenly
 CHAT = (  # what gold_eval's ppl task reads, as a template: answers are prompted as texts were trained
     "{{ bos_token or eos_token }}{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }}\n"
     "Answer:{% elif m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -125,13 +125,13 @@ def corrupt(keys: Tensor, size: int, seeds: list[list[int]], k: int = 0, draws: 
 
     The mean of chance t and weight 1 / t, t uniform: t^(m-1) (1-t)^(c-m) integrates to 1 / m / (c choose m). But no
     weight exceeds the block size, and no block is without a hole. keys (B, n): the tokens that exist, of which the
-    first is no hole. A text's seed is all that matters. With k < draws blocks meet all m as evenly as can be.
+    first is no hole. A text's seed is all that matters. With k = 0 .. draws - 1 a block meets all m evenly.
     """
-    i = torch.arange(keys.size(1), device=keys.device)
+    i, device = torch.arange(keys.size(1), device=keys.device), keys.device
     free = (keys & (i > 0)).view(len(keys), -1, size)
-    x = torch.tensor(np.stack([np.random.default_rng(seed).random(1 + len(i)) for seed in seeds]), device=keys.device)
-    u = (x[:, :1] + GOLDEN * i[: free.size(1)] + k / draws) % 1  # (B, blocks)
-    place = ((x[:, 1:] + GOLDEN * k) % 1).view_as(free).masked_fill(~free, 2.0).argsort(-1).argsort(-1)
+    draw = lambda n, k: torch.tensor(np.stack([np.random.default_rng([*s, k]).random(n) for s in seeds]), device=device)
+    u = (draw(1, 1) + GOLDEN * i[: free.size(1)] + k / draws) % 1  # (B, blocks)
+    place = draw(len(i), 2 + k).view_as(free).masked_fill(~free, 2.0).argsort(-1).argsort(-1)
     m = ((u * (count := free.sum(-1))).floor() + 1).minimum(count).clamp_min(1)
     return ((place < m[..., None]) & free).view_as(keys), (count / m).float().repeat_interleave(size, 1)
 
@@ -246,8 +246,7 @@ def open_denoiser(cfg: Config, name: str, ranks: gold_train.Ranks) -> Denoiser:
     name, revision = gold_data.hub_name(name)
     tokenizer = gold_data.load_tokenizer(name, revision)
     model = gold_train.in_turn(ranks, lambda: gold_buffer.load_model(name, revision, torch.float32, ranks.device))
-    if HOLE not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"mask_token": HOLE})
+    if tokenizer.add_special_tokens({"mask_token": HOLE}):  # it was not there
         model.resize_token_embeddings(
             max(len(tokenizer), len(model.get_input_embeddings().weight)), mean_resizing=False
         )
@@ -342,7 +341,7 @@ def train(cfg: Config, ranks: gold_train.Ranks) -> dict:
                 state = dict(step=step, config=vars(cfg), weights=model.state_dict(), optimizer=optimizer.state_dict())
                 gold_train.save_checkpoint(out / "checkpoints", state, mean.model, net.tokenizer, keep=2)
             if stop:
-                raise SystemExit(143)
+                raise SystemExit(143)  # as after a SIGTERM
     if master:
         gold_train.write_json(out / "results.json", results := evaluate(mean, out / "answers"))
     return {cfg.output_dir: results} if master else {}

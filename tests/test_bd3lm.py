@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -437,6 +438,15 @@ def test_first_tokens_at_temperature_1_follow_the_law_of_their_holes():
     assert ((share - law).abs() < 4 * (law * (1 - law) / 4000).sqrt() + 1e-3).all()
 
 
+def test_a_nucleus_leaves_the_tokens_that_cross_it_and_no_others():
+    net, (ids, _) = denoiser(4, top_p=0.3), texts(1, 3)
+    found = net.generate([Request(ids[0].tolist(), seed) for seed in range(500)], Sampling(1, 1.0))
+    noisy = torch.cat([ids, torch.tensor([[V - 1]])], 1)
+    law = plain_logits(net.model, noisy, 4)[0, 2, : V - 1].softmax(-1).sort(descending=True)
+    nucleus = law.indices[: int((law.values.cumsum(0) < 0.3).sum()) + 1].tolist()
+    assert {r.completion_ids[0] for r in found} == set(nucleus) and len(nucleus) < V - 1
+
+
 def test_several_holes_per_pass_need_fewer_passes_and_an_answer_never_exceeds_its_room(monkeypatch):
     net, passes = denoiser(4), []
     forward = net.model.forward
@@ -507,6 +517,26 @@ def test_a_killed_run_goes_on_bit_for_bit_and_only_as_the_same_run(start, tmp_pa
         fork.train(cfg, ALONE)
 
 
+def test_a_sigterm_ends_a_run_after_its_step_with_a_checkpoint(start, tmp_path, monkeypatch):
+    fork.train(config(start, tmp_path / "whole"), ALONE)
+    lr, cfg = gold_train.get_lr, config(start, tmp_path / "stopped", save_steps=0)
+    told = lambda cfg, done, steps: (done == 1 and signal.raise_signal(signal.SIGTERM), lr(cfg, done, steps))[1]
+    monkeypatch.setattr(gold_train, "get_lr", told)
+    with pytest.raises(SystemExit, match="143"):
+        fork.train(cfg, ALONE)
+    monkeypatch.undo()
+    assert state(tmp_path / "stopped", 2)["step"] == 2 and not (tmp_path / "stopped" / "results.json").exists()
+    fork.train(replace(cfg, resume=True), ALONE)
+    assert equal(state(tmp_path / "whole", 4)["weights"], state(tmp_path / "stopped", 4)["weights"])
+    assert equal(average(tmp_path / "whole", 4), average(tmp_path / "stopped", 4))
+    assert len((tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_gradient_that_is_not_finite_ends_a_run_before_it_reaches_the_weights(start, tmp_path):
+    with pytest.raises(ValueError, match="the gradient of step [2-4] is not finite: lower --learning-rate"):
+        fork.train(config(start, tmp_path, learning_rate=1e30, warmup_ratio=0.0), ALONE)
+
+
 def test_the_saved_model_has_the_averaged_weights_and_knows_its_blocks(start, tmp_path):
     fork.train(config(start, tmp_path, save_steps=3), ALONE)
     weights, before, after = state(tmp_path, 4)["weights"], average(tmp_path, 3), average(tmp_path, 4)
@@ -570,6 +600,7 @@ def test_a_teacher_of_the_same_tokenizer_trains_and_gold_eval_draws_the_run(star
     [
         ({"block_size": 5}, "length 32 is 6.40 blocks of 5"),
         ({"block_size": 0}, "block_size must be at least 1: got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1: got 0"),
         ({"ema": 1.0}, "ema 1.0"),
         ({"length": 256}, "has 256 positions, 256 and a block exceed them"),
         ({"tasks": ("gsm9k",)}, "there is no task 'gsm9k'"),

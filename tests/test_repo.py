@@ -108,6 +108,11 @@ def test_no_file_grows():
     assert all(lines[name] <= most[name] for name in FILES), lines
 
 
+def test_a_fork_is_read_in_a_sitting():
+    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "forks").glob("*.py")}
+    assert len(lines) >= 5 and all(n <= 400 for n in lines.values()), lines
+
+
 def test_a_function_fits_a_screen():
     """All but `train`, which is the algorithm."""
     too_long = {}
