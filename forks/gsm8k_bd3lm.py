@@ -129,7 +129,8 @@ def corrupt(keys: Tensor, size: int, seeds: list[list[int]], k: int = 0, draws: 
     """
     i, device = torch.arange(keys.size(1), device=keys.device), keys.device
     free = (keys & (i > 0)).view(len(keys), -1, size)
-    draw = lambda n, k: torch.tensor(np.stack([np.random.default_rng([*s, k]).random(n) for s in seeds]), device=device)
+    rngs = lambda j: [np.random.default_rng([*seed, j]) for seed in seeds]
+    draw = lambda n, j: torch.tensor(np.stack([rng.random(n) for rng in rngs(j)]), device=device)
     u = (draw(1, 1) + GOLDEN * i[: free.size(1)] + k / draws) % 1  # (B, blocks)
     place = draw(len(i), 2 + k).view_as(free).masked_fill(~free, 2.0).argsort(-1).argsort(-1)
     m = ((u * (count := free.sum(-1))).floor() + 1).minimum(count).clamp_min(1)
@@ -184,7 +185,7 @@ class Denoiser(gold_buffer.HFSampler):
             head = gold_loss.Head(**teacher.head).first(min(self.mask_id, len(teacher.head["weight"])))  # no padding
             laws = gold_loss.Side(teacher.hidden(x0, rows - 1), head)
             seen = (~holes & keys).view(len(holes), -1, self.size)
-            later = seen.flip(-1).cumsum(-1).flip(-1).view_as(holes) > 0  # tokens of a hole's block that one sees
+            later = seen.flip(-1).cumsum(-1).flip(-1).view_as(holes) > 0  # is a later token of its block in sight?
             told = (holes if soft == "all" else holes & ~later)[holes]
 
         def fn(z, teacher_z, extra, part):
@@ -247,9 +248,8 @@ def open_denoiser(cfg: Config, name: str, ranks: gold_train.Ranks) -> Denoiser:
     tokenizer = gold_data.load_tokenizer(name, revision)
     model = gold_train.in_turn(ranks, lambda: gold_buffer.load_model(name, revision, torch.float32, ranks.device))
     if tokenizer.add_special_tokens({"mask_token": HOLE}):  # it was not there
-        model.resize_token_embeddings(
-            max(len(tokenizer), len(model.get_input_embeddings().weight)), mean_resizing=False
-        )
+        rows = max(len(tokenizer), len(model.get_input_embeddings().weight))  # some may be free
+        model.resize_token_embeddings(rows, mean_resizing=False)
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             part.weight.data[len(tokenizer) - 1] = part.weight.data[: len(tokenizer) - 1].mean(0)
     need(tokenizer.mask_token_id == max(tokenizer.get_vocab().values()), f"{name} has tokens behind {HOLE}")
@@ -267,9 +267,8 @@ def wrapped(cfg: Config, tokenizer, say) -> Tensor:
     stream, eos, body = [], tokenizer.eos_token_id, cfg.length - 2
     for row in map(rows.__getitem__, np.random.default_rng([cfg.seed, 6]).permutation(len(rows))):
         asked = "\n".join(m["content"] for m in row.prompt if m["role"] == "user")
-        stream += tokenizer(f"Question: {asked}\nAnswer: {row.completion}", add_special_tokens=False)["input_ids"] + [
-            eos
-        ]
+        text = f"Question: {asked}\nAnswer: {row.completion}"
+        stream += [*tokenizer(text, add_special_tokens=False)["input_ids"], eos]
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     chunks = [[bos, *stream[i : i + body], eos] for i in range(0, len(stream) - body + 1, body)]
     say(f"data: {len(rows)} rows, {len(stream)} tokens, {len(chunks)} chunks; dropped: {gold_data.in_words(dropped)}")
