@@ -571,6 +571,22 @@ def test_ranks_and_micro_batches_make_no_difference(start, tmp_path):
     assert all((p - two["weights"][name]).abs().max() < 5e-4 for name, p in one["weights"].items())
 
 
+@pytest.mark.slow
+def test_two_ranks_run_the_embedded_job_and_no_stage_begins_before_its_start_is_written(tmp_path):
+    flags = f"--max-steps 2 --per-device-train-batch-size 4 --eval-max-samples 2 --draws 1 --output-dir {tmp_path}/out"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "forks" / "gsm8k_bd3lm.py"), *flags.split()], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"| {tmp_path}/out/block-4 " in done.stdout
+    assert {len(gold_eval.read_jsonl(tmp_path / "out" / name / "metrics.jsonl")) for name in ("ar", "block-4")} == {
+        2,
+        4,
+    }
+
+
 def test_chunks_are_those_of_the_wrapped_perplexity_and_hold_no_question_of_the_tasks(start, tmp_path):
     vocabulary = gold_data.load_vocabulary(str(start / "model"))
     rows = gold_eval.read_jsonl(start / "train.jsonl") + gold_eval.read_jsonl(start / "test.jsonl")
