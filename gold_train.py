@@ -437,7 +437,7 @@ def uld_pair(cfg: Config, student: Vocabulary, teacher: Vocabulary, put: Callabl
     """Sorted probabilities; hybrid: JSD on the tokens that both vocabularies have, sorted are those of the others."""
     hybrid = cfg.cross_tokenizer_loss == "hybrid"
     match = tuple(map(put, gold_data.shared_ids(student, teacher))) if hybrid else None
-    loss = lambda ours, theirs: gold_loss.uld_loss(ours, theirs, match, None, cfg.beta, cfg.jsd_scale)
+    loss = lambda ours, theirs: gold_loss.uld_loss(ours, theirs, match, cfg.beta, cfg.jsd_scale)
     return lambda ours, theirs, batch: (loss(ours, theirs), batch.span_sample)
 
 

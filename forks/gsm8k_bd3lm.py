@@ -230,7 +230,7 @@ class Denoiser(gold_buffer.HFSampler):
                 z = self.model(x[:, at], attention_mask=seen, position_ids=column[None, at], **how).logits.float()
                 z = torch.cat([z[:, :1], z], 1)[:, -size - self.shift :][:, :size, : self.mask_id]  # of block's tokens
                 cache.crop((cached := max(0, b - size - self.shift)) - b)
-                token = gold_buffer._draw(z.flatten(0, 1), u.flatten(), s).view_as(holes)
+                token = gold_buffer.draw(z.flatten(0, 1), u.flatten(), s).view_as(holes)
                 sure = z.log_softmax(-1).gather(2, token[..., None])[..., 0] if s.temperature == 0 else places
                 first = sure.masked_fill(~holes, -torch.inf).topk(min(self.cfg.per_step, size)).indices
                 holes &= torch.zeros_like(holes).scatter(1, first, True)
