@@ -42,14 +42,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import gold_data
-from gold_data import Row, Sample, Vocabulary
+from gold_data import Row, Sample, Vocabulary, need
 
 DEADLINE = 1800.0  # seconds for one window, or one answer of a teacher's process
-
-
-def need(ok: object, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

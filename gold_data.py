@@ -69,7 +69,8 @@ class Unusable(ValueError):
     """This row cannot be used; the message is the reason that is counted."""
 
 
-def need(ok, why: str, error: type[Exception] = ValueError) -> None:
+def need(ok: object, why: str, error: type[Exception] = ValueError) -> None:
+    """Raises ValueError, or another error, unless `ok`: the one way in which bad input is refused."""
     if not ok:
         raise error(why)
 

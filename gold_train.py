@@ -54,7 +54,7 @@ import gold_buffer
 import gold_data
 import gold_eval
 import gold_loss
-from gold_data import Batch, Rows, Sample, Vocabulary
+from gold_data import Batch, Rows, Sample, Vocabulary, need
 from gold_loss import Head, Loss, Side
 
 
@@ -132,12 +132,6 @@ class Config:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the command line, the ranks, and what can be known to be wrong before anything is loaded
-
-
-def need(ok, message: str) -> None:
-    """Raises ValueError unless `ok`. At the start it ends the program in this one line."""
-    if not ok:
-        raise ValueError(message)
 
 
 def parse(default: Config) -> Config:
