@@ -1,7 +1,7 @@
 r"""GOLD, General Online Logit Distillation: a teacher LM trains a student LM on the student's own samples.
 
     python gold_train.py                                  the embedded job: no model, no data, no GPU needed; minutes
-    torchrun --nproc-per-node 8 gold_train.py --student-model Qwen/Qwen2.5-0.5B-Instruct \
+    python gold_train.py --nproc 8 --student-model Qwen/Qwen2.5-0.5B-Instruct \
         --teacher-model meta-llama/Llama-3.1-8B-Instruct --dataset HuggingFaceTB/Countdown-Task-GOLD \
         --subset verified_Qwen2.5-7B-Instruct --lmbda 0.5
     python gold_train.py --resume --output-dir out/gold   go on where a run stopped, as it was started
@@ -48,6 +48,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -62,13 +64,14 @@ class Config:
     # ---- models
     student_model: str | None = None  # directory, Hub id or ID@REVISION; none: the embedded job
     teacher_model: str | None = None  # likewise; none: fine-tuning on answers (lmbda 0, ce_weight 1)
-    teacher_device: str | None = None  # like cuda:7, shared by the ranks of a node; none: a copy beside each student
+    teacher_device: str | None = None  # cuda:7 for all ranks of a node; shard: split over them; none: a copy on each
     teacher_url: str | None = None  # vLLM server that scores, like http://host:8000; none: the teacher is loaded here
     teacher_key: str | None = None  # environment variable that holds the key of teacher_url; none: it has no key
     teacher_top_k: int = 32  # tokens per position that a served teacher tells
     template_options: str | None = None  # of chat templates, JSON: '{"student": {"enable_thinking": false}}'
     teacher_prompt_template: str | None = None  # text or file, with {prompt} and columns: what only the teacher reads
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of forward passes; auto: bf16 on GPU. Weights are always fp32
+    shard: Literal["none", "node", "all"] = "none"  # over whose ranks student and optimizer are split (FSDP2)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the student's layers
     # ---- data
@@ -78,11 +81,10 @@ class Config:
     eval_ratio: float = 0.0  # share of the rows held out, for eval/heldout_loss; 0: none
     max_length: int = 1024  # prompt + completion in student tokens; rows with longer prompts are dropped and counted
     max_completion_length: int = 512  # sampled or written completion in student tokens
-    # ---- window: generation_batch_size x num_generations = batch size x accumulation steps
+    # ---- window: batch size x accumulation steps = prompts x num_generations
     per_device_train_batch_size: int = 4  # completions per micro-batch and rank: decides speed and memory only
     gradient_accumulation_steps: int = 8  # micro-batches per optimizer step
     num_generations: int = 1  # completions per on-policy prompt
-    generation_batch_size: int | None = None  # prompts per window and rank; none: derived
     num_train_epochs: float = 1.0  # passes over the data set
     max_steps: int | None = None  # optimizer steps; none: as many as the epochs need
     # ---- generation
@@ -217,8 +219,8 @@ def longest_wait(cfg: Config) -> float:
     return max(gold_buffer.DEADLINE, cfg.eval_timeout * (cfg.eval_policy == "wait")) + 600.0
 
 
-def setup_ranks(wait: float = 3600.0) -> Ranks:
-    """The process group of torchrun, if there is one, which waits so many seconds, and this rank's device."""
+def setup_ranks() -> Ranks:
+    """The process group of torchrun, if there is one, and this rank's device."""
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -229,20 +231,18 @@ def setup_ranks(wait: float = 3600.0) -> Ranks:
     if "WORLD_SIZE" in os.environ:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: ranks end with their launcher
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=wait))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     rank, local_world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Ranks(rank, local_rank, world_size, local_world_size, device)
 
 
 def slots_per_window(cfg: Config) -> int:
     """Prompts per window and rank."""
-    if cfg.generation_batch_size is not None:
-        return cfg.generation_batch_size
     return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // cfg.num_generations
 
 
 IN_RANGE = {  # least, most: names
-    (1, 1e18): "per_device_train_batch_size gradient_accumulation_steps num_generations generation_batch_size "
+    (1, 1e18): "per_device_train_batch_size gradient_accumulation_steps num_generations "
     "max_steps max_completion_length teacher_top_k vllm_tensor_parallel_size save_total_limit eval_max_samples "
     "eval_max_new_tokens",
     (0, 1e18): "temperature top_k ce_weight learning_rate weight_decay eval_steps early_stop save_steps "
@@ -259,12 +259,17 @@ def check(cfg: Config, ranks: Ranks) -> None:
         for name, value in ((name, getattr(cfg, name)) for name in names.split()):
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name} must be in [{least}, {most}]: got {value}")
+    c, tasks = cfg, gold_eval.parse_tasks(cfg.eval_tasks)
+    paths = [c.student_model, c.teacher_model, c.dataset, c.teacher_prompt_template, *(t.dataset for t in tasks)]
+    paths += [f"{c.output_dir}/config.json"] if c.resume else []
+    for path, *seen in zip(paths, *gather([os.path.exists(path or "") for path in paths])):
+        if len(set(seen)) > 1:
+            raise ValueError(f"{path} is there for {sum(seen)} of {len(seen)} ranks: machines need a shared folder")
     template_options(cfg.template_options)
     gold_data.read_template(cfg.teacher_prompt_template)
-    c, batch, slots = cfg, cfg.per_device_train_batch_size, slots_per_window(cfg)
-    made, used, group = slots * c.num_generations, batch * c.gradient_accumulation_steps, c.vllm_tensor_parallel_size
+    batch, group = c.per_device_train_batch_size, c.vllm_tensor_parallel_size
+    used, split = batch * c.gradient_accumulation_steps, c.shard != "none" or c.teacher_device == "shard"
     engine = gold_buffer.choose_sampler(c.sampler)[0] if c.lmbda > 0 else ""
-    tasks = gold_eval.parse_tasks(c.eval_tasks)
     known = gold_eval.metrics(tasks, 1)
     best = {None, *known, *(name.rpartition("/")[0] for name in known if name.endswith(gold_eval.MAIN))}
     answers = c.teacher_model or c.lmbda == 0 and c.ce_weight > 0 and not c.seq_kd
@@ -275,8 +280,8 @@ def check(cfg: Config, ranks: Ranks) -> None:
         gold_buffer.served_url(c.teacher_url)
     ours = gpus(c, "teacher_device") & {*range(ranks.local_world_size)} if ranks.local_world_size > 1 else set()
     rules = {
-        f"the window does not divide: generation_batch_size {slots} x num_generations {c.num_generations} = {made} but "
-        f"per_device_train_batch_size {batch} x gradient_accumulation_steps = {used}": made == used,
+        f"the window does not divide: per_device_train_batch_size {batch} x gradient_accumulation_steps = {used} "
+        f"completions, num_generations {c.num_generations} of each prompt": used % c.num_generations == 0,
         f"max_completion_length {c.max_completion_length} leaves no room for a prompt in max_length "
         f"{c.max_length}": c.max_completion_length < c.max_length,
         "--teacher-url also needs --teacher-model: the tokenizer is read from it": c.teacher_model or not c.teacher_url,
@@ -289,6 +294,11 @@ def check(cfg: Config, ranks: Ranks) -> None:
         "--teacher-url and --teacher-device exclude each other": not c.teacher_url or not c.teacher_device,
         "teacher_key is the name of an environment variable that holds a key, and needs --teacher-url": there,
         f"teacher_device {c.teacher_device} is also a rank's: start fewer ranks, or name another GPU": not ours,
+        "--shard and --teacher-device shard need several ranks, like --nproc 8": not split or dist.is_initialized(),
+        "splitting over nodes needs as many ranks on each": not split or len(set(gather(ranks.local_world_size))) == 1,
+        "lag beside --shard would gather weights in two threads at once: --lag 0": c.lag == 0 or c.shard == "none",
+        "--compile does not work with --shard": not c.compile or c.shard == "none",
+        "a teacher that is split cannot write: no --seq-kd": not c.seq_kd or c.teacher_device != "shard",
         "lag beside tensor parallelism would run two NCCL communicators at once: --lag 0": c.lag == 0 or group == 1,
         "ce_weight is for data set completions, and lmbda 1 uses none: --ce-weight 0": c.lmbda < 1 or c.ce_weight == 0,
         "seq_kd writes off-policy completions, and lmbda 1 has none: lower --lmbda": c.lmbda < 1 or not c.seq_kd,
@@ -316,6 +326,8 @@ def gpus(cfg: Config, *names: str) -> set[int]:
     found = set()
     for name in names:
         text = getattr(cfg, name) or "cpu"
+        if (name, text) == ("teacher_device", "shard"):
+            continue
         match = re.fullmatch("cpu|cuda(?::([0-9]+))?", text)
         if not match or text != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
             raise ValueError(f"{name}: there is no device {text!r} here")
@@ -342,6 +354,30 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     if cfg.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+
+
+def mesh(cfg: Config, ranks: Ranks, over: str) -> DeviceMesh | None:
+    """(copies, ranks that share one): those of a "node", or "all"; for "none" there is no mesh."""
+    if over == "none":
+        return None
+    size = ranks.world_size if over == "all" else ranks.local_world_size
+    found = init_device_mesh(ranks.device.type, (ranks.world_size // size, size), mesh_dim_names=("copies", "parts"))
+    for group in found.get_all_groups():
+        group.set_timeout(timedelta(seconds=longest_wait(cfg)))
+    return found
+
+
+def shard(model, over: DeviceMesh, dtype: torch.dtype) -> None:
+    """Split weights over ranks (FSDP2); passes are computed in `dtype`.
+
+    A layer is whole while it runs. What is in no layer (embedding, norm, head) is whole from the first pass to the end
+    of the backward pass: a loss reads the head's weight there. (weight.full_tensor() has no gradient of other ranks.)
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in reversed([m for m in model.modules() if m is model or isinstance(m, GradientCheckpointingLayer)]):
+        fully_shard(module, mesh=over, mp_policy=policy)
 
 
 class Student(torch.nn.Module):
@@ -475,11 +511,16 @@ class Parts(NamedTuple):
     """What a loss is computed with; teacher, its head and pairing are None when there are only answers to learn."""
 
     model: torch.nn.Module  # Student, in DDP under torchrun
-    head: gold_loss.Head
+    read_head: Callable[[], gold_loss.Head]
     autocast: object
     pairing: Pairing | None
     teacher: object | None  # one of gold_buffer's
     teacher_head: gold_loss.Head | None
+
+    @property
+    def head(self) -> gold_loss.Head:
+        """To be read anew after each forward pass: see shard."""
+        return self.read_head()
 
 
 def distill(
@@ -607,10 +648,10 @@ class Stats:
 # checkpoints and records
 
 
-def save_model(folder: Path, model, tokenizer, dtype: torch.dtype = torch.float32) -> None:
-    """A directory that transformers and vLLM load as it is, with weights of this dtype."""
+def save_model(folder: Path, model, tokenizer, dtype: torch.dtype = torch.float32, weights=None) -> None:
+    """A directory that transformers and vLLM load as it is, with weights of this dtype (none: the model's own)."""
     folder.mkdir(parents=True)
-    weights, copies = model.state_dict(), {}
+    weights, copies = dict(weights or model.state_dict()), {}
     for name, x in weights.items():  # one key for a tied head and its embedding: they stay tied
         kind = dtype if x.is_floating_point() else x.dtype
         weights[name] = copies.setdefault((x.data_ptr(), x.shape), x.to("cpu", kind))
@@ -622,12 +663,12 @@ def save_model(folder: Path, model, tokenizer, dtype: torch.dtype = torch.float3
         path.chmod(0o666 & ~mask)  # libraries write some through temporary files, which only their owner may read
 
 
-def save_checkpoint(folder: Path, state: dict, model, tokenizer, keep: int) -> None:
+def save_checkpoint(folder: Path, state: dict, model, tokenizer, keep: int, weights=None) -> None:
     """Write step-N so that a kill at any instant leaves the previous checkpoint or this one, never half of one."""
     final = folder / f"step-{state['step']:06d}"
     temporary = folder / f".{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
-    save_model(temporary, model, tokenizer)
+    save_model(temporary, model, tokenizer, weights=weights)
     torch.save(state, temporary / "trainer.pt")
     files = [path for path in temporary.rglob("*") if path.is_file()]
     sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
@@ -809,10 +850,10 @@ def say_example(cfg: Config, rows: gold_data.Rows, encoder: gold_buffer.Encoder,
 
 def heldout_samples(cfg: Config, held: gold_data.Rows, encoder, ranks: Ranks) -> list[gold_data.Sample]:
     """This rank's part of the held-out answers, at most eval_max_samples over all ranks."""
-    samples = []
-    for row in held[: cfg.eval_max_samples][ranks.rank :: ranks.world_size]:
-        prompt, teacher_prompt, answer = encoder.prompts(row)
-        ids, finished = encoder.completion(answer)
+    samples, held = [], held[: cfg.eval_max_samples]
+    for i in range(ranks.rank, len(held) + -len(held) % ranks.world_size, ranks.world_size):
+        prompt, teacher_prompt, answer = encoder.prompts(held[i % len(held)])
+        ids, finished = encoder.completion(answer) if i < len(held) else ([], False)  # split models step together
         samples.append(encoder.align(gold_data.Sample(prompt, ids, finished, False, teacher_prompt)))
     return samples
 
@@ -820,7 +861,7 @@ def heldout_samples(cfg: Config, held: gold_data.Rows, encoder, ranks: Ranks) ->
 def heldout_loss(cfg: Config, parts: Parts, samples: list[gold_data.Sample], ranks: Ranks) -> float:
     """Mean loss per token of these samples and those of the other ranks; without a teacher, cross entropy."""
     stats, size = Stats(), cfg.per_device_train_batch_size
-    model = parts.model.module if dist.is_initialized() else parts.model  # DDP's forward is a collective
+    model = parts.model.module if isinstance(parts.model, DistributedDataParallel) else parts.model
     stats.add("loss", 0.0)
     stats.add("tokens", float(sum(s.num_tokens if parts.teacher else len(s.completion_ids) for s in samples)))
     with torch.no_grad():
@@ -848,19 +889,32 @@ def in_turn(ranks: Ranks, load: Callable):
     return model
 
 
-def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
-    """(causal LM with fp32 weights, its head, what DDP wraps it into)"""
+def load_student(cfg: Config, ranks: Ranks, checkpoint: Path | None, over: DeviceMesh | None):
+    """(causal LM with fp32 weights, what reads its head, what makes its hidden states)"""
     source = (str(checkpoint), None) if checkpoint else gold_data.hub_name(cfg.student_model)
-    student = in_turn(ranks, functools.partial(gold_buffer.load_model, *source, torch.float32, ranks.device)).train()
+    student = gold_buffer.load_model(*source, torch.float32, "cpu" if over else ranks.device).train()
     backbone, head = gold_buffer.split_head(student)
     if cfg.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = compute_dtype(cfg, ranks.device)
     model = Student(student, torch.compile(backbone) if cfg.compile else backbone, dtype)
-    if dist.is_initialized():
+    if over:
+        shard(student, over, dtype)
+        student.hidden_states = model.forward  # of the backbone alone, but with what `shard` does around its root
+        register_fsdp_forward_method(student, "hidden_states")
+        model.forward = student.hidden_states
+    output, own = student.get_output_embeddings(), [k for k in ("weight", "bias") if head.pop(k) is not None]
+    return student, lambda: gold_loss.Head(**head, **{k: getattr(output, k) for k in own}), model
+
+
+def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
+    """As load_student, on all ranks."""
+    over = mesh(cfg, ranks, cfg.shard)
+    student, read_head, model = in_turn(ranks, functools.partial(load_student, cfg, ranks, checkpoint, over))
+    if dist.is_initialized() and not over:
         devices = [ranks.local_rank] if ranks.device.type == "cuda" else None
         model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)  # they stay there: see zero_grad
-    return student, gold_loss.Head(**head), model
+    return student, read_head, model
 
 
 def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, say):
@@ -873,11 +927,16 @@ def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, sa
         say(f"teacher: {teacher.url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
         return teacher, None
     where, dtype = cfg.teacher_device or str(ranks.device), compute_dtype(cfg, ranks.device)
+    split = where == "shard"
+    where = "cpu" if split else where  # of which ranks share the pages, if it is stored in this dtype
     load = functools.partial(gold_buffer.load_model, *gold_data.hub_name(cfg.teacher_model), dtype, where)
-    if cfg.teacher_device is not None and ranks.local_world_size > 1:
+    if cfg.teacher_device is not None and ranks.local_world_size > 1 and not split:
         teacher = gold_buffer.SharedTeacher(load, ranks.local_rank, ranks.local_world_size)
     else:
         teacher = gold_buffer.LocalTeacher(in_turn(ranks, load))
+    if split:
+        shard(teacher.backbone, mesh(cfg, ranks, "node"), dtype)
+        teacher.device = ranks.device
     parts = {k: v.to(ranks.device) if isinstance(v, Tensor) else v for k, v in teacher.head.items()}
     return teacher, gold_loss.Head(**parts)
 
@@ -933,7 +992,7 @@ def restore(run: "Run", identity: dict, checkpoint: Path, ranks: Ranks, say) -> 
         raise ValueError(f"--resume, but this would be another run: {other}")
     if len(saved["windows"]) != ranks.world_size and any(saved["windows"]):
         raise ValueError(f"--lag {identity['lag']} was started on {len(saved['windows'])} ranks: resume it on as many")
-    run.optimizer.load_state_dict(saved["optimizer"])
+    run.optimizer.load_state_dict(gold_buffer.split_like(run.optimizer, saved["optimizer"]))
     if any(saved["windows"]):
         run.buffer.load_state(saved["windows"][ranks.rank])
     run.step, run.num_tokens = saved["step"], saved["num_tokens"]
@@ -964,7 +1023,7 @@ class Run:
 def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Everything before the first step. Most mistakes show before any weights are read, each as a ValueError."""
     device, master, out = ranks.device, ranks.rank == 0, Path(cfg.output_dir)
-    checkpoint = newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
+    checkpoint = told(lambda: newest_checkpoint(out / "checkpoints", say)) if cfg.resume else None
     day = gather(str(date.today()))[0]  # that chat templates write: the day on which the run began
     if checkpoint:
         day = torch.load(checkpoint / "trainer.pt", weights_only=True, mmap=True)["run"]["day"]
@@ -994,11 +1053,11 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         f"loss: {loss}, beta {cfg.beta} (0 = KL(teacher||student), 1 = KL(student||teacher)), scale {cfg.jsd_scale}; "
         f"lmbda {cfg.lmbda}; {max_steps} steps of {slots * cfg.num_generations * ranks.world_size} completions"
     )
-    student, head, model = open_student(cfg, ranks, checkpoint)
+    student, read_head, model = open_student(cfg, ranks, checkpoint)
     optimizer, dtype = open_optimizer(cfg, student), compute_dtype(cfg, device)
     teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
-    parts = Parts(model, head, autocast, pairing, teacher, teacher_head)
+    parts = Parts(model, read_head, autocast, pairing, teacher, teacher_head)
     sampler, sampling = (
         open_sampler(cfg, student, device, say),
         gold_buffer.Sampling(
@@ -1019,8 +1078,9 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     run = Run(parts, student, tokenizer, optimizer, buffer, held, identity, max_steps)
     if checkpoint:
         restore(run, identity, checkpoint, ranks, say)
+    weights = gold_buffer.whole_weights(student, master) if cfg.eval_tasks else None
     if master:
-        run.records = Records(cfg, ranks, max_steps, run.step, student, tokenizer, say)
+        run.records = Records(cfg, ranks, max_steps, run.step, student, tokenizer, say, weights)
     return run
 
 
@@ -1037,7 +1097,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             check(cfg, ranks)
             text = gold_data.read_template(cfg.teacher_prompt_template)  # recorded, whatever becomes of a file
             cfg = replace(cfg, teacher_prompt_template=text)
-            stack.enter_context(run_folder(cfg, ranks))
+            told(lambda: stack.enter_context(run_folder(cfg, ranks)))
             run = setup(cfg, ranks, say)
         seen, parts, records = stack.enter_context(signals()), run.parts, run.records
         finished, stop = run.step >= run.max_steps, 0.0
@@ -1059,19 +1119,22 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             for micro_step in range(steps):
                 part = samples[micro_step * size : (micro_step + 1) * size]
                 batch = gold_data.collate(part, with_teacher=parts.teacher is not None).to(ranks.device)
-                # gradients are averaged over ranks with the last micro-batch only
+                # gradients are averaged over ranks with the last micro-batch only; split ones in a node with each
                 parts.model.require_backward_grad_sync = micro_step == steps - 1
+                if cfg.shard == "node":
+                    run.student.set_requires_all_reduce(micro_step == steps - 1)
                 # 3) teacher: the same text in its own tokens, after its own prompt; only hidden states come back
                 # 4) loss: a sum over one divisor for the whole window, so micro-batches and ranks do not matter
                 loss = micro_batch_loss(cfg, parts, batch, counts, stats)
-                (loss * ranks.world_size).backward()  # DDP takes the mean over ranks
+                (loss * ranks.world_size).backward()  # DDP and FSDP take the mean over ranks
 
             # 5) step
             grad_norm = torch.nn.utils.clip_grad_norm_(run.student.parameters(), cfg.max_grad_norm)
+            grad_norm = gold_buffer.whole(grad_norm)
             if used := may_step(cfg, run, grad_norm, stats):
                 run.optimizer.step()
             stats.add("actor/skipped", float(not used))
-            run.optimizer.zero_grad(set_to_none=not dist.is_initialized())  # DDP's stay in its buckets
+            run.optimizer.zero_grad(not isinstance(parts.model, DistributedDataParallel))  # its buckets keep them
             run.step += 1
 
             # 6) log; what one rank knows of the time or a signal is told to all with the same sums
@@ -1087,12 +1150,13 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             due = every(cfg.eval_steps, run.step) or finished and stop < 2
             if cfg.eval_ratio and due:
                 row["eval/heldout_loss"] = heldout_loss(cfg, parts, run.held, ranks)
+            weights = gold_buffer.whole_weights(run.student, bool(records)) if due and cfg.eval_tasks else None
             if records:
                 records.log(row, window)
 
                 # 7) evaluate: the child gets a copy of these weights; results arrive in a later poll
                 if due:
-                    records.evaluate(run.step, final=finished)
+                    records.evaluate(run.step, finished, weights)
                 records.poll()
 
             # 8) checkpoint: step, weights, optimizer and the windows made ahead are all the state there is
@@ -1112,10 +1176,9 @@ def may_step(cfg: Config, run: Run, grad_norm: Tensor, stats: Stats) -> bool:
     names, device = ("teacher", "student"), grad_norm.device
     bad = sum_over_ranks([float(stats.sums.get(f"nonfinite/{name}", 0.0)) for name in names], device)
     who = next((f"the {name}'s hidden states are" for name, n in zip(names, bad) if n), "the gradient is")
-    weights = all(p.isfinite().all() for p in run.student.parameters())
-    if not weights:
+    if not (fine := finite(run.student)):
         who = "the student's weights are"
-    if cfg.skip_nonfinite and weights:
+    if cfg.skip_nonfinite and fine:
         return False
     raise FloatingPointError(
         f"{who} not finite at step {run.step + 1}: the last checkpoint is still good. Lower --learning-rate, look at "
@@ -1123,16 +1186,21 @@ def may_step(cfg: Config, run: Run, grad_norm: Tensor, stats: Stats) -> bool:
     )
 
 
+def finite(model) -> bool:
+    """Whether all weights are; on every rank the same: the truth of a tensor that is split is that of its own part."""
+    return all(gold_buffer.whole(p.isfinite().all()) for p in model.parameters())
+
+
 def checkpoint(cfg: Config, run: Run) -> None:
     """Write the state of a run. Raises FloatingPointError instead of writing weights that are not finite."""
-    if not all(p.isfinite().all() for p in run.student.parameters()):
+    if not finite(run.student):
         raise FloatingPointError(f"the student's weights are not finite after step {run.step}: lower --learning-rate")
-    windows = gather(run.buffer.state())
+    windows, weights = gather(run.buffer.state()), gold_buffer.whole_weights(run.student, bool(run.records))
+    state = {"step": run.step, "num_tokens": run.num_tokens, "windows": windows, "run": run.identity}
+    state["optimizer"] = gold_buffer.whole(run.optimizer.state_dict(), "cpu" if run.records else "meta")
     if run.records:
-        state = {"step": run.step, "num_tokens": run.num_tokens, "windows": windows, "run": run.identity}
-        state["optimizer"] = run.optimizer.state_dict()
         folder = Path(cfg.output_dir) / "checkpoints"
-        save_checkpoint(folder, state, run.student, run.tokenizer, cfg.save_total_limit)
+        save_checkpoint(folder, state, run.student, run.tokenizer, cfg.save_total_limit, weights)
 
 
 def close(run: Run, ranks: Ranks, last: bool, seen: list[int]) -> bool:
@@ -1167,6 +1235,18 @@ def gather(value) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def told(read: Callable):
+    """What read() returns or raises on rank 0, on every rank: none goes by its own disk, none is left alone."""
+    try:
+        answer = (read(), None) if not dist.is_initialized() or dist.get_rank() == 0 else None
+    except (ValueError, OSError, SystemExit) as e:
+        answer = None, e
+    value, error = gather(answer)[0]
+    if error is not None:
+        raise error
+    return value
 
 
 def wait_for_all() -> None:
@@ -1275,7 +1355,7 @@ def every(steps: int, step: int) -> bool:
 class Records:
     """What leaves the loop on rank 0: files, console line, wandb, evaluations, the best weights so far."""
 
-    def __init__(self, cfg: Config, ranks: Ranks, max_steps: int, step: int, student, tokenizer, say):
+    def __init__(self, cfg: Config, ranks: Ranks, max_steps: int, step: int, student, tokenizer, say, weights=None):
         self.cfg, self.out, self.say, self.student, self.tokenizer = cfg, Path(cfg.output_dir), say, student, tokenizer
         shown = {k: without_secrets(v) if isinstance(v, str) else v for k, v in asdict(cfg).items()}
         write_json(self.out / "config.json", shown)
@@ -1308,9 +1388,9 @@ class Records:
         if 0 not in evaluated:
             if step > 0:
                 student = gold_buffer.load_model(*gold_data.hub_name(cfg.student_model), torch.float32, "cpu")
-            self.evaluate(0, student=student)
+            self.evaluate(0, weights=student.state_dict() if step > 0 else weights)
         if step > 0 and step not in evaluated and (step == max_steps or every(cfg.eval_steps, step)):
-            self.evaluate(step, final=step == max_steps)
+            self.evaluate(step, step == max_steps, weights)
 
     def log(self, row: dict[str, float], window: gold_buffer.Window) -> None:
         gold_eval.append_jsonl(self.out / "metrics.jsonl", row)
@@ -1327,19 +1407,19 @@ class Records:
         self.bar.set_postfix_str(text + self.latest)
         self.bar.update()
 
-    def evaluate(self, step: int, final: bool = False, student=None) -> None:
+    def evaluate(self, step: int, final: bool = False, weights: dict[str, Tensor] | None = None) -> None:
         """Write the weights of this step as a model directory and have it scored; poll deletes it or calls it best."""
         if self.evaluator is None:
             return
-        folder, student = self._candidate(step), student or self.student
+        folder = self._candidate(step)
         discard(folder)
         folder.parent.mkdir(exist_ok=True)
-        size = sum(p.numel() for p in student.parameters()) * self.dtype.itemsize
+        size = sum(p.numel() for p in self.student.parameters()) * self.dtype.itemsize
         memory = Path("/dev/shm")
         if memory.exists() and shutil.disk_usage(memory).free > 2 * size:
             folder.symlink_to(memory / f"gold-{uuid.uuid4().hex}")
         try:
-            save_model(folder.resolve(), student, self.tokenizer, self.dtype)
+            save_model(folder.resolve(), self.student, self.tokenizer, self.dtype, weights)
         except (OSError, SafetensorError) as e:  # a full disk: the child will say that it found nothing
             self.say(f"evaluation of step {step}: its weights could not be written: {e}")
             discard(folder)
@@ -1532,9 +1612,9 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
             raise ValueError("a teacher without --student-model: name both, or neither for the embedded job")
         check(stages["gold"], ranks)
         note = out / "config.json"
-        if note.exists() and not cfg.resume:
+        if (there := told(note.exists)) and not cfg.resume:
             raise ValueError(f"{out} holds a run already: --resume it, or choose another --output-dir")
-        if note.exists() and (seed := json.loads(note.read_text())["seed"]) != cfg.seed:
+        if there and (seed := told(lambda: json.loads(note.read_text())["seed"])) != cfg.seed:
             raise ValueError(f"{out} was made with --seed {seed}: resume it with that, or choose another --output-dir")
     wait_for_all()  # before the first of them writes
     if ranks.rank == 0:
@@ -1548,10 +1628,11 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
     failed = False
     for name, stage in stages.items():
         checkpoints = out / name / "checkpoints"
-        if name in ("teacher", "student") and (checkpoints / f"step-{stage.max_steps:06d}").exists():
+        made = told(functools.partial(sorted, checkpoints.glob("step-*")))
+        if name in ("teacher", "student") and checkpoints / f"step-{stage.max_steps:06d}" in made:
             continue  # kept from an earlier run, on however many ranks
-        started = any(checkpoints.glob("step-*"))
-        failed |= train(replace(stage, output_dir=str(out / name), resume=started), ranks, last=name == "gold")
+        stage = replace(stage, output_dir=str(out / name), resume=bool(made))
+        failed |= train(stage, ranks, last=name == "gold")
     if ranks.rank == 0:
         print(run_report(out / "gold", {"answers alone": out / "control"}))
     return failed
@@ -1560,10 +1641,16 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
 def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
+    if "--nproc" in sys.argv[:-1] and "WORLD_SIZE" not in os.environ:  # torchrun itself calls this short form ambiguous
+        at = sys.argv.index("--nproc")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", sys.argv[at + 1]]
+        os.execv(sys.executable, [*launcher, *sys.argv[:at], *sys.argv[at + 2 :]])
     disable_progress_bar()  # of weights being loaded and saved: ours is the only bar
+    ranks = setup_ranks()
     with one_clear_line():
-        cfg = configuration()
-    ranks = setup_ranks(longest_wait(cfg))
+        cfg = told(configuration)
+    if dist.is_initialized():
+        dist.group.WORLD.set_timeout(timedelta(seconds=longest_wait(cfg)))
     try:
         failed = (embedded if cfg.student_model is None else train)(cfg, ranks)
     except (OSError, FloatingPointError) as e:

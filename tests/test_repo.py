@@ -167,7 +167,7 @@ HEADINGS = {name: re.findall(r"^#+ (.+)$", FENCED.sub("", text), re.MULTILINE) f
 COMMANDS = {name: "\n".join(FENCED.findall(text)).replace("\\\n", " ").splitlines() for name, text in TEXT.items()}
 MODULES = {name: importlib.import_module(name) for name in FILES}
 FLAGS = {
-    "gold_train.py": {f.name for f in dataclasses.fields(gold_train.Config)},
+    "gold_train.py": {f.name for f in dataclasses.fields(gold_train.Config)} | {"nproc"},
     "gold_eval.py": {f.name for c in (gold_eval.Config, gold_eval.Options) for f in dataclasses.fields(c)},
     "gold_data.py": {f.name for c in (gold_data.Config, gold_data.Difficulty) for f in dataclasses.fields(c)},
 }
