@@ -62,7 +62,7 @@ def whole(state, device: str | None = None):
     return tree_map_only(DTensor, once, state)
 
 
-def whole_weights(model, wanted: bool) -> dict[str, Tensor]:
+def whole_weights(model: torch.nn.Module, wanted: bool) -> dict[str, Tensor]:
     """The state dict of a model in one piece, on the CPU if it was split; without content where it is not `wanted`."""
     found = whole(model.state_dict(keep_vars=True), "cpu" if wanted else "meta")  # not copies: tied weights are one
     return {name: x.detach() for name, x in found.items()}
@@ -78,7 +78,7 @@ def split_like(optimizer, state: dict) -> dict:
 
 
 @contextlib.contextmanager
-def gathered(model):
+def gathered(model: torch.nn.Module) -> Iterator[None]:
     """Inside, each rank has all weights of a sharded model, in compute precision: its passes need no other rank."""
     blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for block in blocks:

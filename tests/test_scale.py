@@ -441,9 +441,9 @@ class Collector:
 def as_way_d(found):
     """The head gathered by full_tensor() from weights that are split again after the forward pass."""
     student, head, model = found
-    student.set_reshard_after_forward(True, recurse=False)
 
     def gathered_head():
+        student.reshard()
         split = head()
         return dataclasses.replace(split, weight=split.weight.full_tensor())
 
