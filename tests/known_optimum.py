@@ -12,6 +12,7 @@ python tests/known_optimum.py        trains with every loss, prints a table and 
 import itertools
 import math
 import random
+import re
 import sys
 from collections import defaultdict
 from itertools import accumulate
@@ -414,29 +415,41 @@ def make(setting: str, texts: int = 192) -> Problem:
     return Problem(source, found[merges], texts)
 
 
-def draw(results: dict[str, dict[str, float]], path: Path) -> None:
-    """Bars on a log scale: {setting: {loss: nats per letter above the optimum}}."""
+BETAS = (0.0, 0.5, 1.0)
+
+
+def draw(results: dict[str, dict[str, float]], real: dict[str, list[float]], path: Path) -> None:
+    """Bars on a log scale, nats per letter above the optimum: {setting: {loss: ..}} started at the truth, beta 0.5, and
+    {real tokenizer: one for each of BETAS} of `prefix` started at random."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    axes, width = figure.subplots(), 0.8 / len(LOSSES)
-    colors = ["#888888", "#c6a15b", "#d9822b", "#5b8fc6", "#7fb37f", "#8c6bb1", "#c0262d"]
-    for i, loss in enumerate(LOSSES):
-        heights = [max(by_loss[loss], 1e-6) for by_loss in results.values()]
-        at = np.arange(len(results)) + (i - (len(LOSSES) - 1) / 2) * width
-        bars = axes.bar(at, heights, width, bottom=0, label=loss, color=colors[i])
-        labels = ["<1e-6" if h <= 1e-6 else f"{h:.1g}" if h < 0.1 else f"{h:.2f}" for h in heights]
-        axes.bar_label(bars, labels, fontsize=6)
-    axes.set_yscale("log")
-    axes.set_ylim(5e-7, 8)
-    axes.set_xticks(range(len(results)), [name.replace(", ", ",\n") for name in results])
-    axes.set(ylabel="KL(truth || student), nats per letter")
-    axes.set_title("Where each loss leaves a student that started at the truth (0 is right)", fontsize=11)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.legend(ncols=len(LOSSES), loc="upper center", fontsize=8)
+    figure = Figure(figsize=(16, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
+    colors = dict(zip(LOSSES, ["#888888", "#c6a15b", "#d9822b", "#5b8fc6", "#7fb37f", "#8c6bb1", "#c0262d"]))
+    bars = {loss: [by_loss[loss] for by_loss in results.values()] for loss in LOSSES}
+    betas = {f"prefix, beta {beta:g}": [by_beta[i] for by_beta in real.values()] for i, beta in enumerate(BETAS)}
+    colors |= dict(zip(betas, ["#e58a8d", "#c0262d", "#7a1419"]))
+    titles = (
+        "where each loss leaves a student that started at the truth",
+        "real tokenizers: where prefix ends from random",
+    )
+    for axes, named, names, title in zip((left, right), (bars, betas), (results, real), titles):
+        for i, (name, values) in enumerate(named.items()):
+            heights, width = [max(x, 1e-6) for x in values], 0.8 / len(named)
+            at = np.arange(len(heights)) + (i - (len(named) - 1) / 2) * width
+            drawn = axes.bar(at, heights, width, bottom=0, label=name, color=colors[name])
+            labels = ["<1e-6" if h <= 1e-6 else f"{h:.1g}" if h < 0.1 else f"{h:.2f}" for h in heights]
+            axes.bar_label(drawn, labels, fontsize=6)
+        axes.set_yscale("log")
+        axes.set_ylim(5e-7, 8)
+        axes.set_xticks(range(len(names)), [re.sub("(,| of) ", r"\1\n", name) for name in names], fontsize=8)
+        axes.set_title(title, fontsize=11)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.legend(ncols=len(named), loc="upper center", fontsize=8)
+    left.set(ylabel="KL(truth || student), nats per letter; 0 is right")
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -456,16 +469,17 @@ def main() -> None:
     rows = [
         ["prefix, a real tokenizer", "loss and gradient at the truth: teacher's", "student's", "both", "from random"]
     ]
+    real = {}
     for setting in REAL:
         worst = []
         for sides in ("teacher", "student", "both"):
-            found = np.abs([make_real(setting, sides).at_the_truth(beta) for beta in (0.0, 0.5, 1.0)]).max(0)
+            found = np.abs([make_real(setting, sides).at_the_truth(beta) for beta in BETAS]).max(0)
             worst.append(f"{found[0]:.0e}, {found[1]:.0e}")
         problem = make_real(setting, texts=512)
-        trained = [problem.train("prefix", "random", beta, lr=0.2) for beta in (0.0, 0.5, 1.0)]
-        rows.append([setting, *worst, " / ".join(map(form, trained))])
+        real[setting] = [problem.train("prefix", "random", beta, lr=0.2) for beta in BETAS]
+        rows.append([setting, *worst, " / ".join(map(form, real[setting]))])
     print(markdown(rows))
-    draw(ends["truth"], Path(__file__).parent.parent / "assets" / "known_optimum.png")
+    draw(ends["truth"], real, Path(__file__).parent.parent / "assets" / "known_optimum.png")
 
 
 if __name__ == "__main__":

@@ -467,7 +467,7 @@ def test_a_token_is_where_the_running_sum_of_its_law_exceeds_the_uniform_number(
     for _ in range(20):
         u = torch.rand(64, generator=generator, dtype=torch.float64)
         expected = (running <= u[:, None] * running[:, -1:]).sum(-1)
-        assert torch.equal(gold_buffer._draw(z, u, how), expected)
+        assert torch.equal(gold_buffer.draw(z, u, how), expected)
     for u in (0.0, 1 - 2**-53):
-        token = gold_buffer._draw(z, torch.full((64,), u, dtype=torch.float64), how)
+        token = gold_buffer.draw(z, torch.full((64,), u, dtype=torch.float64), how)
         assert (p.gather(1, token[:, None]) > 0).all()

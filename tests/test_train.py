@@ -184,6 +184,32 @@ def test_held_out_rows_may_be_fewer_than_ranks(models, data, tmp_path):
         assert rows[0] == pytest.approx(rows[1], rel=1e-5) and min(rows[0]) > 0
 
 
+IN_TURN = """
+import sys, time
+import gold_train
+
+ranks = gold_train.setup_ranks()
+
+def load():
+    for word in ("begins", "ends"):
+        with open(sys.argv[1], "a") as file:
+            file.write(f"{ranks.rank} {word}\\n")
+        time.sleep(0.3)
+    return ranks.rank
+
+assert gold_train.in_turn(ranks, load) == ranks.rank
+"""
+
+
+def test_ranks_of_a_node_load_one_after_the_other_also_without_a_gpu(tmp_path):
+    """A model in the host's memory once, a data set prepared by one rank and found by the next (real torchrun)."""
+    (tmp_path / "load.py").write_text(IN_TURN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, tmp_path / "load.py", tmp_path / "log"], env=environment, check=True, timeout=120)
+    assert (tmp_path / "log").read_text().splitlines() == ["0 begins", "0 ends", "1 begins", "1 ends"]
+
+
 def test_gradient_checkpointing_changes_memory_only(models, data, tmp_path):
     rows = []
     for on in (False, True):
