@@ -433,9 +433,9 @@ class Collector:
     def __init__(self, tasks, out: Path, *args, **kwargs):
         self.folder = Path(f"{out}.models")
 
-    def submit(self, step, model, **kwargs):
+    def submit(self, step, folder, **kwargs):
         if step is not None:
-            shutil.copytree(Path(model).resolve(), self.folder / str(step))
+            shutil.copytree(Path(folder).resolve(), self.folder / str(step))
 
 
 def as_way_d(found):
