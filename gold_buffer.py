@@ -29,7 +29,7 @@ import threading
 import time
 import urllib.parse
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,14 +45,9 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import gold_data
-from gold_data import Row, Sample, Vocabulary
+from gold_data import Row, Sample, Vocabulary, need
 
 DEADLINE = 1800.0  # seconds for one window, or one answer of a teacher's process
-
-
-def need(ok: object, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -685,13 +680,21 @@ class WindowBuffer:
             self.sampler.sleep()
         texts = [(text, True) for *_, text in answers]
         if self.teacher_answers is not None:
-            texts = self.teacher_answers([(epoch, s.row, s.teacher_prompt_ids) for s, epoch, _ in answers])
+            wanted = [(epoch, s.row, s.teacher_prompt_ids) for s, epoch, _ in answers]
+            texts = self.teacher_answers(wanted, self._soon(step))
         for (sample, *_), (text, whole) in zip(answers, texts):
             sample.completion_ids, sample.finished = self.encoder.completion(text, whole)
         for sample in samples:
             self.encoder.align(sample)
         seconds["generate"] = time.perf_counter() - start - seconds["sync"]
         return Window(step, samples, version if requests else step, seconds)
+
+    def _soon(self, step: int) -> Iterator[tuple[int, int, list[int]]]:
+        """What the teacher will be asked for the 15 windows behind this one: many answers at once cost less each."""
+        for later in range(step + 1, min(step + 16, self.last_step)):
+            for position in (p for slot in self.schedule.draw(later) if not slot.on_policy for p in slot.rows):
+                epoch, index, row = self.rows[position]
+                yield epoch, index, self.encoder.prompts(row)[1]
 
     def state(self) -> list[dict]:
         """Windows made ahead and not yet trained; waits for those being made. Part of a checkpoint."""
@@ -1073,9 +1076,14 @@ class TeacherAnswers:
         written = [e for path in sorted(self.folder.glob("epoch-*.jsonl")) for e in read_jsonl(path)]
         self.known = {(e["epoch"], e["row"]): (e["completion"], e["finished"]) for e in written}
 
-    def __call__(self, wanted: list[tuple[int, int, list[int]]]) -> list[tuple[str, bool]]:
-        """(text, whether the teacher ended it) for each (epoch, index of the row, the teacher's prompt ids)."""
-        new = {(epoch, index): ids for epoch, index, ids in wanted if (epoch, index) not in self.known}
+    def __call__(self, wanted: list[tuple], soon: Iterable[tuple] = ()) -> list[tuple[str, bool]]:
+        """(text, whether the teacher ended it) for each (epoch, index of the row, the teacher's prompt ids).
+
+        If it has to write any of them, it writes those of `soon` in the same go.
+        """
+        missing = lambda some: {(e, i): ids for e, i, ids in some if (e, i) not in self.known}
+        new = missing(wanted)
+        new |= missing(soon) if new else {}
         seed = lambda where: int(np.random.SeedSequence([self.seed, 4, *where]).generate_state(1)[0])
         requests = [Request(ids, seed(where)) for where, ids in new.items()]
         rollouts = self.teacher.generate(requests, self.sampling) if requests else []

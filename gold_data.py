@@ -4,7 +4,7 @@
     python gold_data.py --make countdown --n 10000 --out train.jsonl write Countdown puzzles
 
 From top to bottom: rows (any data set -> prompt, completion, answer), Countdown, prompts (chat templates -> ids),
-vocabularies (token id <-> bytes), alignment (spans, shared bins, the queries of the prefix loss), batches, the report.
+vocabularies (token id <-> bytes), alignment (spans, the queries of the prefix loss), batches, the report.
 
 This file knows nothing about logits, models, lmbda, vLLM, or ranks.
 """
@@ -27,10 +27,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
-from itertools import accumulate, pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
 import numpy as np
 import torch
 import tyro
@@ -68,9 +69,13 @@ class Unusable(ValueError):
     """This row cannot be used; the message is the reason that is counted."""
 
 
-def _need(ok, why: str) -> None:
+def need(ok: object, why: str, error: type[Exception] = ValueError) -> None:
+    """Raises ValueError, or another error, unless `ok`: the one way in which bad input is refused."""
     if not ok:
-        raise Unusable(why)
+        raise error(why)
+
+
+_need = functools.partial(need, error=Unusable)
 
 
 COLUMNS = ("messages", "conversations", "prompt", "problem", "question", "nums")
@@ -85,8 +90,8 @@ def _text(value, what: str) -> str:
         parts = [part.get("text") if isinstance(part, dict) else part for part in value]
         _need(all(isinstance(part, str) for part in parts), f"{what} with parts that are no text")
         return _text("".join(parts), what)
-    value = str(value) if type(value) is int else value
     _need(value is not None, f"no {what}")
+    value = str(value) if type(value) is int else value
     _need(isinstance(value, str), f"{what} is no text ({type(value).__name__})")
     _need(value.isascii() or not re.search("[\ud800-\udfff]", value), f"{what} with half a character")
     return value
@@ -188,21 +193,16 @@ def _open_file(path: Path):
         raise ValueError(f"{path} cannot be read: {e.__cause__ or e}") from e
 
 
-def _open_folder(dataset: str, subset: str | None, split: str):
-    """A split of a directory with a file for each, or of what has the layout of the Hub."""
+def _open_hub(dataset: str, subset: str | None, split: str):
+    """A split of what has the layout of the Hub, there or in a directory."""
     import datasets
 
-    # the library would read train.jsonl and train_1M.jsonl as one split "train"
-    files = {f.stem: f for f in Path(dataset).glob("*") if f.suffix in FILES}
-    named = subset if subset in files and split == "train" else split
-    if named in files and (subset is None or subset in files):
-        return _open_file(files[named])
     try:
         configs = datasets.get_dataset_config_names(dataset)
         if subset is not None and subset not in configs:
             splits = datasets.get_dataset_split_names(dataset, configs[0])
-            if subset not in splits or split != "train":
-                raise ValueError(f"it has no subset {subset!r}: its subsets are {configs}, its splits {splits}")
+            known = f"its subsets are {configs}, its splits {splits}"
+            need(subset in splits and split == "train", f"it has no subset {subset!r}: {known}")
             print(f"data: {dataset} has no subset {subset!r} but a split of that name; using it")
             subset, split = configs[0], subset
         return datasets.load_dataset(dataset, subset, split=split)
@@ -230,25 +230,25 @@ def open_dataset(dataset: str, subset: str | None = None, split: str = "train") 
         stop = wanted.to_absolute({name: endless})[-1].to
     except ValueError as e:
         raise ValueError(f"split {split!r} is not understood: write a name or a slice, like train[:1024] ({e})") from e
-    if subset is not None and (dataset in BUILT_IN or path.suffix in FILES):
-        raise ValueError(f"{dataset} has no subsets, so no {subset!r}")
+    # the library would read train.jsonl and train_1M.jsonl of a directory as one split "train"
+    files, is_file = {f.stem: f for f in path.glob("*") if f.suffix in FILES}, path.suffix in FILES
+    file = files.get(subset if subset in files and name == "train" else name)
+    need(subset is None or not (dataset in BUILT_IN or is_file), f"{dataset} has no subsets, so no {subset!r}")
+    need(path.exists() or not (is_file or path.is_absolute()), f"data set {dataset} does not exist", FileNotFoundError)
     if dataset in BUILT_IN:
-        if name not in ("train", "test") or "%" in split:
-            raise ValueError(f"built-in {dataset} has splits like train, test, train[:1024]; got {split!r}")
+        known = name in ("train", "test") and "%" not in split
+        need(known, f"built-in {dataset} has splits like train, test, train[:1024]; got {split!r}")
         n = stop if stop < endless // 2 else {"train": 4096, "test": 512}[name]
         data = datasets.Dataset.from_list(make_countdown(n, mini=dataset != "countdown", test=name == "test"))
-    elif (path.suffix in FILES or path.is_absolute()) and not path.exists():
-        raise FileNotFoundError(f"data set {dataset} does not exist")
-    elif path.suffix in FILES:
-        data = _open_file(path)
+    elif is_file or file is not None and (subset is None or subset in files):
+        data = _open_file(path if is_file else file)
     elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(dataset)
         splits = saved if isinstance(saved, datasets.DatasetDict) else {name: saved}
-        if name not in splits:
-            raise ValueError(f"{dataset} has no split {name!r}; it has {sorted(splits)}")
+        need(name in splits, f"{dataset} has no split {name!r}; it has {sorted(splits)}")
         data = splits[name]
     else:
-        data = _open_folder(dataset, subset, name)
+        data = _open_hub(dataset, subset, name)
     return data, np.concatenate([np.arange(part.from_, part.to) for part in wanted.to_absolute({name: len(data)})])
 
 
@@ -264,11 +264,8 @@ def _parse(raw: dict, position: int, source: str = "") -> tuple[str, dict | None
     (column, text), *_ = raw.items()
     where = f"{source} {JSON.get(column, 'row')} {position + 1}".lstrip()
     if column in JSON:
-        if not text.strip():
-            return where, None
-        raw = _json(text, where)
-        if not isinstance(raw, dict):
-            raise ValueError(f"{where} is not an object: {text[:80]!r}")
+        raw = _json(text, where) if (full := text.strip()) else None
+        need(isinstance(raw, dict) or not full, f"{where} is not an object: {text[:80]!r}")
     return where, raw
 
 
@@ -286,6 +283,7 @@ def iter_rows(dataset: str, subset: str | None = None, split: str = "train") -> 
 
 
 INDEX = np.dtype([("position", "i8"), ("key", "i8"), ("digest", "i8"), ("answered", "?")])
+SCHEMAS = "`messages`, `prompt` (+`completion`), `problem` (+`[generated_]solution`), `question` (+`answer`) or `nums`"
 TOO_LONG = (  # for the student, for the teacher
     "prompt longer than max_length - max_completion_length (raise --max-length or lower --max-completion-length)",
     "prompt of the teacher that leaves no room for max_completion_length in its context (what it reads is too long)",
@@ -370,23 +368,21 @@ def load_rows(
     if template is not None:
         first = (_parse(data[i], i, dataset)[1] for i in positions[:FIRST_ROWS].tolist())
         columns = {"prompt", "completion", "answer"}.union(*filter(None, first))
-        if unknown := {m[1] for m in FIELD.finditer(template)} - {None} - columns:
-            asked, known = (", ".join(f"{{{name}}}" for name in sorted(names)) for names in (unknown, columns))
-            raise ValueError(f"teacher_prompt_template asks for {asked}, but rows of {dataset} have {known}")
+        unknown = {m[1] for m in FIELD.finditer(template)} - {None} - columns
+        asked, known = (", ".join(f"{{{name}}}" for name in sorted(names)) for names in (unknown, columns))
+        need(not unknown, f"teacher_prompt_template asks for {asked}, but rows of {dataset} have {known}")
     if len(rows):
         part, code = data.select(positions), Path(__file__).read_text()
         name = datasets.fingerprint.Hasher.hash([part._fingerprint, positions, code, tokenizers, rooms, template])
-        cache, value = Path(datasets.config.HF_DATASETS_CACHE) / "gold", datasets.Value
+        cache, workers = Path(datasets.config.HF_DATASETS_CACHE) / "gold", min(os.cpu_count(), len(part) // 10_000)
         cache.mkdir(parents=True, exist_ok=True)
-        types = {"why": value("string"), "key": value("int64"), "digest": value("int64"), "answered": value("bool")}
-        workers = min(os.cpu_count(), len(part) // 10_000)
+        types = {"why": "string", "key": "int64", "digest": "int64", "answered": "bool"}
+        how = {"source": dataset, "positions": positions, "tokenizers": tuple(tokenizers), "rooms": rooms}
+        how["template"] = template
         found = part.map(
             _examine, batched=True, with_indices=True, remove_columns=part.column_names, new_fingerprint=name,
-            features=datasets.Features(types), cache_file_name=str(cache / f"{name}.arrow"),
-            num_proc=workers if workers > 1 else None, fn_kwargs={
-                "source": dataset, "positions": positions, "tokenizers": tuple(tokenizers), "rooms": rooms,
-                "template": template,
-            },
+            features=datasets.Features({k: datasets.Value(v) for k, v in types.items()}), fn_kwargs=how,
+            cache_file_name=str(cache / f"{name}.arrow"), num_proc=workers if workers > 1 else None,
         ).data  # fmt: skip
         for name in INDEX.names[1:]:
             rows.index[name] = found[name].to_numpy()
@@ -394,11 +390,9 @@ def load_rows(
         for reason in filter(None, found["why"].unique().to_pylist()):
             rows.drop(why == reason, reason, dropped)
         rows = rows[np.equal(why, None)]
-    if not len(rows):
-        raise ValueError(
-            f"data set {dataset} ({split}) has no usable row; dropped: {in_words(dropped)}. Rows have `messages`, "
-            "`prompt` (+`completion`), `problem` (+`generated_solution`/`solution`), `question` (+`answer`) or `nums`"
-        )
+    need(
+        len(rows), f"data set {dataset} ({split}) has no usable row; dropped: {in_words(dropped)}. Rows have {SCHEMAS}"
+    )
     return rows, dropped
 
 
@@ -416,8 +410,7 @@ def hold_out(rows: Rows, ratio: float, seed: int, dropped: Dropped) -> tuple[Row
 
 def without(rows: Sequence[Row], others: Iterable[Row]) -> tuple[Sequence[Row], int]:
     """(rows that ask nothing that `others` ask, number dropped): keeps few-shot examples out of the questions."""
-    asked = [row.key for row in others]
-    if not asked:
+    if not (asked := [row.key for row in others]):
         return rows, 0
     same = np.isin(rows.index["key"], asked)
     return rows[~same], int(same.sum())
@@ -464,22 +457,17 @@ def countdown_puzzle(rng: random.Random, rule: Difficulty) -> dict | None:
     terms = [(n, str(n), 2) for n in nums]  # value, text, binding strength: 0 sum, 1 product, 2 atom
     while len(terms) > 1:
         a, b = (terms.pop(rng.randrange(len(terms))) for _ in range(2))
-        term = _combine(a, b, rng.choice(rule.operations))
-        if term is None:
+        op = rng.choice(rule.operations)
+        quotient = a[0] // b[0] if a[0] % b[0] == 0 else 0
+        value = {"+": a[0] + b[0], "-": a[0] - b[0], "*": a[0] * b[0], "/": quotient}[op]
+        if value <= 0:
             return None
-        terms.append(term)
+        strength = 1 if op in "*/" else 0  # no more parentheses than it takes
+        left = f"({a[1]})" if a[2] < strength else a[1]
+        right = f"({b[1]})" if b[2] < strength or (b[2] == strength and op in "-/") else b[1]
+        terms.append((value, f"{left} {op} {right}", strength))
     target, solution, _ = terms[0]
     return {"nums": nums, "target": target, "solution": solution} if target <= rule.top_target else None
-
-
-def _combine(a: tuple[int, str, int], b: tuple[int, str, int], op: str) -> tuple[int, str, int] | None:
-    """a op b with as few parentheses as possible; None if the value is not a positive integer."""
-    quotient = a[0] // b[0] if a[0] % b[0] == 0 else 0
-    value = {"+": a[0] + b[0], "-": a[0] - b[0], "*": a[0] * b[0], "/": quotient}[op]
-    strength = 1 if op in "*/" else 0
-    left = f"({a[1]})" if a[2] < strength else a[1]
-    right = f"({b[1]})" if b[2] < strength or (b[2] == strength and op in "-/") else b[1]
-    return (value, f"{left} {op} {right}", strength) if value > 0 else None
 
 
 def mini_puzzle(rng: random.Random) -> dict | None:
@@ -502,35 +490,27 @@ def mini_puzzle(rng: random.Random) -> dict | None:
 def make_countdown(
     n: int, seed: int = 0, mini: bool = False, test: bool = False, rule: Difficulty = Difficulty()
 ) -> list[dict]:
-    """n different puzzles as rows with prompt, completion, nums and target.
+    """n different puzzles as rows with prompt, completion, nums and target; `mini`: `mini_puzzle`, asked in one line.
 
     Every puzzle belongs to train or test by a hash of its numbers, in any order, and target: the two never meet,
-    whatever the seeds and rules.
-
-    Args:
-        mini: `mini_puzzle` with a one-line prompt instead of the published game.
-        rule: how hard the published game is.
-    Raises ValueError for a rule that makes no sense or does not allow n different puzzles.
+    whatever the seeds and rules. Raises ValueError for a rule that makes no sense or has no n different puzzles.
     """
-    if not 1 <= rule.numbers[0] <= rule.numbers[1] or min(n, rule.top, rule.top_target) < 1:
-        raise ValueError(f"n and the limits of {rule} must be at least 1, and `numbers` in order")
-    if not rule.operations or set(rule.operations) - set("+-*/"):
-        raise ValueError(f"operations {rule.operations!r}: choose some of +-*/")
+    sense = 1 <= rule.numbers[0] <= rule.numbers[1] and min(n, rule.top, rule.top_target) >= 1
+    need(sense, f"n and the limits of {rule} must be at least 1, and `numbers` in order")
+    need(set() < {*rule.operations} <= {*"+-*/"}, f"operations {rule.operations!r}: choose some of +-*/")
     rng, rows, seen, misses = random.Random(f"countdown {seed} {test}"), [], set(), 0
     while len(rows) < n:
         puzzle = mini_puzzle(rng) if mini else countdown_puzzle(rng, rule)
         key = puzzle and (*puzzle["nums"], puzzle["target"])
         in_test = key and zlib.crc32(str((*sorted(key[:-1]), key[-1])).encode()) % 10 == 0
         misses = misses + 1 if key is None or key in seen or in_test != test else 0
-        if misses == 100_000:
-            raise ValueError(f"only {len(rows)} different puzzles found, {n} wanted: allow more or larger numbers")
+        need(misses < 100_000, f"only {len(rows)} different puzzles found, {n} wanted: allow more or larger numbers")
         if misses:
             continue
         seen.add(key)
         nums, target, answer = puzzle["nums"], puzzle["target"], f"{puzzle['solution']} = {puzzle['target']}"
-        prompt = countdown_prompt(nums, target)
-        if mini:
-            prompt = [{"role": "user", "content": MINI_USER.format(target=target, nums=", ".join(map(str, nums)))}]
+        ask = MINI_USER.format(target=target, nums=", ".join(map(str, nums)))
+        prompt = [{"role": "user", "content": ask}] if mini else countdown_prompt(nums, target)
         completion = f"<think> {puzzle.get('think', answer)} </think>\n<answer> {answer} </answer>"
         rows.append({"prompt": prompt, "completion": completion, "nums": nums, "target": target})
     return rows
@@ -546,8 +526,6 @@ def render_prompt(tokenizer, messages: Iterable[Message], begin: bool = True) ->
     Without a chat template: "User: ...\\n\\nAssistant:\\n" with one such block per message. A template that refuses
     system messages gets the system text in front of the first user message. Options and day are `load_tokenizer`'s.
     """
-    import jinja2
-
     if tokenizer.chat_template is None:
         blocks = "".join(f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages)
         return f"{blocks}Assistant:\n" if begin else blocks
@@ -574,10 +552,10 @@ def read_template(text: str | None) -> str | None:
         return None
     if os.path.isfile(text):
         text = Path(text).read_text("utf-8").removesuffix("\n")
-    if not re.search(r"[\s{]", text.strip()):
-        raise ValueError(f"teacher_prompt_template {text!r} is neither a file nor a text with a {{field}}")
-    if single := re.search("[{}]", FIELD.sub("", text)):
-        raise ValueError(f"teacher_prompt_template has a single {single[0]}: braces of its text are doubled, {{{{ }}}}")
+    fields = re.search(r"[\s{]", text.strip())
+    need(fields, f"teacher_prompt_template {text!r} is neither a file nor a text with a {{field}}")
+    single = re.search("[{}]|$", FIELD.sub("", text))[0]
+    need(not single, f"teacher_prompt_template has a single {single}: braces of its text are doubled, {{{{ }}}}")
     return text
 
 
@@ -592,8 +570,8 @@ def privileged(row: Row, template: str | None) -> tuple[Message, ...]:
     last = max(i for i, m in enumerate(row.prompt) if m["role"] == "user")
     has = row.columns | {"completion": row.completion, "answer": row.answer, "prompt": row.prompt[last]["content"]}
     names = {m[1] for m in FIELD.finditer(template)} - {None}
-    if lacks := sorted(name for name in names if has.get(name) in (None, "", [])):
-        raise Unusable(f"without {' and '.join(lacks)}, which teacher_prompt_template asks for")
+    lacks = sorted(name for name in names if has.get(name) in (None, "", []))
+    _need(not lacks, f"without {' and '.join(lacks)}, which teacher_prompt_template asks for")
     tell = lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=str)
     text = FIELD.sub(lambda m: m[0][0] if m[1] is None else _text(tell(has[m[1]]), m[1]), template)
     return *row.prompt[:last], row.prompt[last] | {"content": text}, *row.prompt[last + 1 :]
@@ -603,12 +581,6 @@ MARK = "5c1e"  # stands for an answer's text in a template
 OPENED = re.compile(r"<(\w+)>\s*(</\1>\s*)?$")  # at the end of a prompt: the answer goes on inside, or after the pair
 
 
-def _opened(tokenizer, prompt: str) -> str:
-    """What the template itself has opened at the end of a prompt, as it stands there."""
-    found = OPENED.search(prompt[-100:])
-    return found[0] if found and tokenizer.chat_template and f"<{found[1]}>" in tokenizer.get_chat_template() else ""
-
-
 def prompts(tokenizers: Sequence, row: Row, template: str | None = None) -> tuple[list[str], str | None]:
     """(what each model, the student first, reads before the answer; the answer), by their own chat templates.
 
@@ -616,23 +588,23 @@ def prompts(tokenizers: Sequence, row: Row, template: str | None = None) -> tupl
     for it (<think>), the others open too, and the answer does not open it again. Its thoughts stand in front of it as
     the student's template writes them. Raises Unusable if a template refuses the row, or asks for what it lacks.
     """
-    import jinja2
-
-    texts, answer, asked = [], row.completion, (row.prompt, privileged(row, template))
+    texts, opened, answer, asked = [], [], row.completion, (row.prompt, privileged(row, template))
     for name, tokenizer, messages in zip(("student", "teacher"), tokenizers, asked):
         try:
             texts.append(render_prompt(tokenizer, messages))
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
             raise Unusable(f"refused by the {name}'s chat template: {e}") from e
-    tail, *others = [_opened(*both) for both in zip(tokenizers, texts)] or [""]
+        found = OPENED.search(texts[-1][-100:])  # by the template itself, not by the text of a message
+        known = found and tokenizer.chat_template and f"<{found[1]}>" in tokenizer.get_chat_template()
+        opened.append(found[0] if known else "")
+    tail, *others = opened or [""]
     if row.thoughts and answer is not None and tokenizers:
         turn = {"role": "assistant", "content": MARK} | row.thoughts
         whole, start = render_prompt(tokenizers[0], [*row.prompt, turn], begin=False), texts[0].removesuffix(tail)
         before = whole.removeprefix(start).rpartition(MARK)[0]
-        written = (
-            "</" not in tail and whole.startswith(start) and any(t.strip() in before for t in row.thoughts.values())
-        )
-        _need(written, f"{' and '.join(row.thoughts)}, which the student's chat template does not write")
+        written = whole.startswith(start) and any(t.strip() in before for t in row.thoughts.values())
+        why = f"{' and '.join(row.thoughts)}, which the student's chat template does not write"
+        _need(written and "</" not in tail, why)
         answer = before + answer
     if "</" not in tail:
         texts[1:] = [t if "</" in other else t.removesuffix(other) + tail for t, other in zip(texts[1:], others)]
@@ -670,8 +642,8 @@ def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
         return out
     if tokenizer.chat_template is None and tokenizer("a")["input_ids"][:1] == [bos]:
         out = [[bos, *ids] for ids in out]
-    first = [next((i for i, t in enumerate(ids) if t != bos), len(ids)) for ids in out]
-    return [ids[max(0, n - 1) :] for ids, n in zip(out, first)]
+    twice = lambda ids: next((i for i, t in enumerate(ids) if t != bos), len(ids)) - 1
+    return [ids[max(0, twice(ids)) :] for ids in out]
 
 
 def encode_prompt(tokenizer, messages: Iterable[Message]) -> list[int]:
@@ -691,8 +663,7 @@ def end_ids(tokenizer, also: Iterable[int] = ()) -> tuple[int, ...]:
         special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         found += [i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in special][:1]
     found += [i for i in (tokenizer.eos_token_id, *also) if i is not None]
-    if not found:
-        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no eos token, so no completion could ever end")
+    need(found, f"{tokenizer.name_or_path}: the tokenizer has no eos token, so no completion could ever end")
     return tuple(dict.fromkeys(found))
 
 
@@ -708,21 +679,17 @@ HEX_BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 def token_bytes(tokenizer) -> list[bytes | None]:
     """The bytes each id writes, None for ids that write none (specials, unknown, unused).
 
-    ByteLevel (GPT-2, Llama-3, Qwen), SentencePiece / Metaspace with byte fallback (Llama-2, Mistral, Gemma), tiktoken
-    encodings, WordPiece and word-level vocabularies (a piece that starts a word writes a space first: lossy).
+    ByteLevel (GPT-2, Llama-3, Qwen), SentencePiece / Metaspace with byte fallback (Llama-2, Mistral, Gemma), WordPiece
+    and word-level vocabularies (a piece that starts a word writes a space first: lossy).
     Raises ValueError that names the tokenizer if it is none of these.
     """
-    for encoding in (tokenizer, getattr(tokenizer, "tokenizer", None), getattr(tokenizer, "model", None)):
-        if hasattr(encoding, "decode_single_token_bytes"):
-            special = set(encoding._special_tokens.values())
-            known = {i: encoding.decode_single_token_bytes(i) for i in encoding._mergeable_ranks.values()}
-            return [known.get(i) for i in range(max([*known, *special]) + 1)]
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise ValueError(
-            f"{type(tokenizer).__name__} is neither a fast tokenizer nor a tiktoken encoding: its bytes are unknown"
-        )
-    if (spec := json.loads(tokenizer.backend_tokenizer.to_str()))["model"].get("end_of_word_suffix"):
-        raise ValueError(f"{tokenizer.name_or_path}: BPE with end-of-word suffixes does not say where spaces are")
+    fast = hasattr(tokenizer, "backend_tokenizer")
+    need(fast, f"{type(tokenizer).__name__} is no fast tokenizer: its bytes are unknown")
+    spec, why = (
+        json.loads(tokenizer.backend_tokenizer.to_str()),
+        "with end-of-word suffixes does not say where spaces are",
+    )
+    need(not spec["model"].get("end_of_word_suffix"), f"{tokenizer.name_or_path}: BPE {why}")
     model, special = spec["model"], {token["id"]: token["special"] for token in spec["added_tokens"]}
     parts = json.dumps([spec[k] for k in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     byte_level, metaspace = "ByteLevel" in parts, "\u2581" in parts
@@ -755,30 +722,34 @@ BEHIND = ("", "a", "s", "e", "l", "re", "ll", "A", "0", "00", " ", " a", "\n", "
 @functools.cache
 def kind(code: int) -> int:
     """Index of the letter of KINDS that a pre-tokenizer treats like this code point."""
-    c = chr(code)
-    if c not in KINDS and code < 128:
-        c = "a" if c.islower() else "A" if c.isupper() else "0" if c.isdigit() else "."
-    elif c not in KINDS:
-        name = unicodedata.category(c)
-        c = CATEGORY.get(name) or CATEGORY.get(name[0], "\u3002")
-    return KINDS.index(c)
+    c, name = chr(code), unicodedata.category(chr(code))
+    table, other = ({"Ll": "a", "Lu": "A", "N": "0"}, ".") if code < 128 else (CATEGORY, "\u3002")
+    return KINDS.index(c if c in KINDS else table.get(name) or table.get(name[0], other))
+
+
+ASCII = np.array([kind(code) for code in range(128)])
+END = 256  # behind the last byte of a text: begins no token
+
+
+def ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(i, x): every x in start[i] .. stop[i] - 1."""
+    count = stop - start
+    index = np.repeat(np.arange(len(count)), count)
+    return index, np.arange(len(index)) + np.repeat(start - count.cumsum() + count, count)
 
 
 class Vocabulary:
     """A tokenizer as a map between ids and bytes, with its tokens sorted so that "starts with" is a range.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        ends: ids that end a completion; the first is the one written.
-        size: rows of the model's head; ids the tokenizer does not know write nothing.
-    Raises ValueError if the tokenizer has ids that the head has no row for.
+    `ends`: ids that end a completion, the first is the one written. `size`: rows of the model's head; ids the tokenizer
+    does not know write nothing. Raises ValueError if the tokenizer has ids that the head has no row for.
     """
 
     def __init__(self, tokenizer, ends: tuple[int, ...], size: int):
         self.tokenizer, self.ends, self.size = tokenizer, ends, size
         known = token_bytes(tokenizer)
-        if any(b is not None for b in known[size:]) or max(ends) >= size:
-            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has {len(known)} ids, the head {size} rows")
+        fits = max(ends) < size and all(b is None for b in known[size:])
+        need(fits, f"{tokenizer.name_or_path}: the tokenizer has {len(known)} ids, the head {size} rows")
         self.bytes: list[bytes | None] = known[:size] + [None] * (size - len(known))
         for i in ends:
             self.bytes[i] = None
@@ -791,7 +762,8 @@ class Vocabulary:
         writes = lambda guard: self.join((self._encode_after(guard, probe) or [[]])[0]) == probe.encode()
         self.guards = [""] if writes("") else [guard for guard in "\n=0." if writes(guard)]
         self.lossy = not self.guards
-        self.word = functools.lru_cache(1 << 16)(self._word)
+        self.words: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}  # what `_words` said
+        self.encode_words = functools.lru_cache(1)(self._encode_words)  # `align` and `closed` ask for the same text
 
     def _encode_after(self, guard: str, text: str) -> tuple[list[int], list[int]] | None:
         """Tokens of `text` where it follows `guard`, and the word of each; None if a token spans both."""
@@ -803,21 +775,12 @@ class Vocabulary:
         cut = np.flatnonzero(np.cumsum(self.lengths[ids]) == 1 + len(guard))  # phantom space and guard
         return (ids[cut[-1] + 1 :], words[cut[-1] + 1 :]) if len(cut) else None
 
-    def _encode_bytes(self, data: bytes) -> tuple[list[int | None], list[int]]:
-        """What is not UTF-8: markers, each a word, and single bytes, which are no word at all."""
-        ids, words, at = [], [], 0
-        while at < len(data):
-            marker = self.markers.get(data[at : at + 2])
-            ids.append(self.single.get(data[at]) if marker is None else marker)
-            words.append(-1 if marker is None else at)
-            at += 1 if marker is None else 2
-        return ids, words
-
     def normal(self, text: str) -> str:
         """`text` in the Unicode normal form that this tokenizer gives every text."""
-        spec = json.loads(self.tokenizer.backend_tokenizer.to_str())["normalizer"] or {}
-        for form in (part["type"] for part in spec.get("normalizers", [spec]) if "type" in part):
-            text = unicodedata.normalize(form, text) if form in ("NFC", "NFD", "NFKC", "NFKD") else text
+        if (normalizer := self.tokenizer.backend_tokenizer.normalizer) is not None:
+            spec = json.loads(normalizer.__getstate__())
+            for form in (part["type"] for part in spec.get("normalizers", [spec])):
+                text = unicodedata.normalize(form, text) if form in ("NFC", "NFD", "NFKC", "NFKD") else text
         return text
 
     def join(self, ids: Iterable[int]) -> bytes:
@@ -829,47 +792,46 @@ class Vocabulary:
         Invalid UTF-8 becomes single-byte tokens. Where the tokenizer cannot write the text (no such byte, a
         normalisation), the ids stop before it: `ends` says how far they got. A lossy tokenizer's ends are its offsets.
         """
-        return self.encode_words(text)[:2]
+        ids, ends, _ = self.encode_words(text)
+        return ids.copy(), ends.copy()
 
-    def encode_words(self, text: bytes) -> tuple[list[int], np.ndarray, np.ndarray]:
+    def _encode_words(self, text: bytes) -> tuple[list[int], np.ndarray, np.ndarray]:
         """`encode`, and the number of the word that the pre-tokenizer cut, of each token; -1: of none."""
         if self.lossy:
             chars, options = text.decode(errors="replace"), {"add_special_tokens": False, "split_special_tokens": True}
             encoded = self.tokenizer(chars, return_offsets_mapping=True, **options)
             width = np.cumsum([0] + [len(c.encode()) for c in chars])
             return encoded["input_ids"], width[[end for _, end in encoded["offset_mapping"]]], np.zeros(0)
-        ids: list[int | None] = []
-        words: list[int] = []
-        parts = re.split("([\udc80-\udcff]+)", text.decode(errors="surrogateescape"))
+        ids, words = [], []
+        parts = re.split("(\udcff[\udc80-\udcbf]|[\udc80-\udcff])", text.decode(errors="surrogateescape"))
         for i, part in enumerate(parts):
-            if i % 2:  # what is not UTF-8 is no word at all
-                found = self._encode_bytes(part.encode(errors="surrogateescape"))
-            else:
-                tries = (self._encode_after(guard, part) for guard in self.guards if part)
-                found = next((found for found in tries if found is not None), ([None], [-1]) if part else ([], []))
-            words += [word if word < 0 else word + len(ids) for word in found[1]]
-            ids += found[0]
+            if i % 2:  # what is not UTF-8: a marker, which is a word, or bytes, which are none
+                marker = self.markers.get(data := part.encode(errors="surrogateescape"))
+                words += [-1] * len(data) if marker is None else [len(ids)]
+                ids += map(self.single.get, data) if marker is None else [marker]
+            elif part:
+                tries = (self._encode_after(guard, part) for guard in self.guards)
+                found = next((found for found in tries if found is not None), ([None], [0]))
+                words += [word + len(ids) for word in found[1]]
+                ids += found[0]
         ids = ids[: next((i for i, t in enumerate(ids) if t is None or not self.bytes[t]), len(ids))]  # unknown
         ends = np.cumsum(self.lengths[ids]) if ids else np.zeros(0, dtype=np.int64)
-        written = self.join(ids)
-        same = next((i for i, (a, b) in enumerate(zip(written, text)) if a != b), min(len(written), len(text)))
-        keep = int(np.searchsorted(ends, same, side="right"))
+        keep, written = len(ids), self.join(ids)
+        if not text.startswith(written):
+            same = next((i for i, (a, b) in enumerate(zip(written, text)) if a != b), len(text))
+            keep = int(np.searchsorted(ends, same, side="right"))
         return ids[:keep], ends[:keep], np.array(words[:keep], dtype=np.int64)
 
     @cached_property
-    def tokens(self) -> set[bytes]:
-        return {b for b in self.bytes if b}
-
-    @cached_property
-    def writing(self) -> list[int]:
-        """Ids that write something, sorted by their bytes."""
-        return sorted((i for i, b in enumerate(self.bytes) if b), key=self.bytes.__getitem__)
+    def tokens(self) -> list[bytes]:
+        """What its tokens write, sorted; twice what two of them write."""
+        return sorted(filter(None, self.bytes))
 
     @cached_property
     def order(self) -> np.ndarray:
         """(size,) ids: those that write something sorted by their bytes, then the end ids, then the others."""
-        known = [*self.writing, *self.ends]
-        return np.array(known + sorted({*range(self.size)} - {*known}))
+        last = lambda i: self.ends.index(i) if i in self.ends else self.size
+        return np.array(sorted(range(self.size), key=lambda i: (0, b) if (b := self.bytes[i]) else (1, last(i))))
 
     @cached_property
     def rank(self) -> np.ndarray:
@@ -879,20 +841,20 @@ class Vocabulary:
     @cached_property
     def edge(self) -> np.ndarray:
         """(258,) where in `order` the tokens that start with byte 0, 1, .. begin, then the ends, then the others."""
-        first = [self.bytes[i][0] for i in self.writing]
-        return np.append(np.searchsorted(first, np.arange(257)), len(first) + len(self.ends))
+        edge = np.searchsorted([string[0] for string in self.tokens], np.arange(257))
+        return np.append(edge, len(self.tokens) + len(self.ends))
 
     @cached_property
     def tree(self) -> "PrefixTree":
-        return PrefixTree([self.bytes[i] for i in self.writing])
+        return PrefixTree(self.tokens)
 
     @cached_property
     def rule(self) -> "BytePairs | Reencoded":
         """Which tokens may stand behind which. Raises ValueError for a kind of tokenizer we cannot tell it of."""
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        if (kind := spec["model"]["type"]) not in ("BPE", "Unigram"):
-            raise ValueError(f"{self.tokenizer.name_or_path}: prefix reads BPE and Unigram tokenizers, not {kind}")
-        byte_level = "ByteLevel" in json.dumps([spec["pre_tokenizer"], spec["decoder"]])
+        kind, byte_level = spec["model"]["type"], "ByteLevel" in json.dumps([spec["pre_tokenizer"], spec["decoder"]])
+        known = kind in ("BPE", "Unigram")
+        need(known, f"{self.tokenizer.name_or_path}: prefix reads BPE and Unigram tokenizers, not {kind}")
         return BytePairs(self, spec["model"], byte_level) if kind == "BPE" else Reencoded(self)
 
     @cached_property
@@ -917,46 +879,48 @@ class Vocabulary:
             steady[a, b] &= len({tuple(stop for _, (_, stop) in cut if stop < size) for cut in pieces}) == 1
         return steady
 
-    def _word(self, ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What these tokens, all that the tokenizer makes of one word, leave open: (offsets, offsets, bytes).
+    def _words(self, new: list[tuple[int, ...]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the tokens that the tokenizer makes of one word leave open, of each of some words: (offsets, at).
 
         An encoding that begins with the first k bytes of the word, but has a boundary before k that these tokens do not
-        have, makes F(k) incomplete: k is among the first offsets. Where k is a boundary of these tokens and F of the
-        bytes up to k and one more is incomplete, it is among the second, with that byte.
+        have, makes F(k) incomplete: k is among the offsets. Where k is a boundary of these tokens and F of the bytes up
+        to k and one more, b, is incomplete, 256 k + b is in `at`. All words at once, each with an END behind it.
         """
-        data, tree, still_open, at, byte = self.join(ids), self.tree, set(), [], []
-        path = dict(zip(accumulate(self.lengths[list(ids)].tolist()), ids)) | {0: None}
-        if (
-            ids[0] in self.literal and data not in self.markers
-        ):  # cut out of the text before all else, but only where it is complete
-            still_open.update(range(1, len(data)))
-        for start, states in enumerate([] if ids[0] in self.literal else self.rule.states(data)):
-            for state in states:
-                if start in path and path[start] == state:
-                    continue  # the model has been asked there
-                node, count = 0, None
-                for k in range(start, len(data) + 1):
-                    node = tree.step(node, data[k - 1]) if k > start else 0
-                    if node < 0:
-                        break
-                    if k not in path and (k == start or k in still_open):
-                        continue
-                    if count is None:  # of the tokens that may follow, below the first node that matters
-                        lo = tree.lo[node]
-                        count = np.append(0, self.rule.may_follow(state, lo, tree.hi[node]).cumsum())
-                    if count[tree.hi[node] - lo] == count[tree.lo[node] - lo]:
-                        break
-                    still_open |= {k} if k > start else set()
-                    if k in path:
-                        child = tree.child[tree.child_start[node] : tree.child_start[node + 1]]
-                        child = child[count[tree.hi[child] - lo] > count[tree.lo[child] - lo]]
-                        at += [k] * len(child)
-                        byte += tree.byte[child].tolist()
-        return tuple(np.array(x, dtype=np.int64) for x in (sorted(still_open), at, byte))
+        tree, texts = self.tree, [self.join(ids) for ids in new]
+        data = np.concatenate([np.append(np.frombuffer(text, dtype=np.uint8), END) for text in texts])
+        stop = np.array([len(text) + 1 for text in texts]).cumsum()
+        begin = np.append(0, stop[:-1])
+        path = np.full(len(data), -3)  # its token that ends at an offset
+        path[begin] = -1
+        state, still_open = self.rule.states(data, begin), np.zeros(len(data), dtype=bool)
+        for ids, text, first in zip(new, texts, begin.tolist()):
+            path[first + self.lengths[list(ids)].cumsum()] = ids
+            if ids[0] in self.literal:  # cut out of the text before all else, but only where it is complete
+                state[first : first + len(text) + 1] = -2
+                still_open[first + 1 : first + len(text)] = text not in self.markers
+        end = np.flatnonzero((state > -2) & (state != path))  # elsewhere the model has been asked
+        state, node, at = state[end], np.zeros(len(end), dtype=np.int64), []
+        while len(end):
+            on = path[end] > -3
+            at.append((end[on], state[on], node[on]))
+            node = tree.down(node, data[end])
+            some = np.flatnonzero(node >= 0)
+            some = some[self.rule.some(state[some], node[some])]
+            end, state, node = end[some] + 1, state[some], node[some]
+            still_open[end] = True
+        end, state, node = map(np.concatenate, zip(*at, (end, state, node)))
+        index, child = tree.children(node)
+        some = self.rule.some(state[index], child)
+        at, still_open = np.unique(end[index[some]] * 256 + tree.byte[child[some]]), np.flatnonzero(still_open)
+        parts = lambda x, n: pairwise([*np.searchsorted(x, begin * n).tolist(), None])
+        cuts = zip(begin.tolist(), parts(still_open, 1), parts(at, 256))
+        return [(still_open[a:b] - first, at[c:d] - first * 256) for first, (a, b), (c, d) in cuts]
 
     def mute(self, ids: list[int]) -> np.ndarray:
         """Which tokens are special ones that neither end a text nor are markers."""
-        return (self.lengths[ids] == 0) & ~np.isin(ids, self.ends)
+        mute = self.lengths == 0
+        mute[list(self.ends)] = False
+        return mute[ids]
 
     def closed(self, text: bytes, ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(known (n + 1,), tells (n + 1, 256), broken (n + 1,)) of a text of n bytes, written with `ids`.
@@ -971,37 +935,49 @@ class Vocabulary:
         path[boundary] = ids
         mute = boundary[self.mute(ids)]  # what is known begins anew with the word behind it
         path[mute] = -1
-        tells = np.repeat(path[:, None] >= 0, 256, axis=1)
-        tells[n] = True
         inner = starts[1:-1]
         fresh = (words[1:] != words[:-1]) | (words[1:] < 0) | ~self.joins[data[inner - 1], data[inner]]
-        first = [*([0] if canonical else []), *(np.flatnonzero(fresh) + 1).tolist(), len(canonical)]
+        first = np.unique([0, *np.flatnonzero(fresh) + 1, len(canonical)])
         other = np.append(0, ((path[starts[:-1]] != canonical) | (words < 0)).cumsum())[first]
         known, broken = np.ones(n + 1, dtype=bool), np.zeros(n + 1, dtype=np.int64)
-        for (i, j), differs, start in zip(pairwise(first), np.diff(other).tolist(), starts[first].tolist()):
-            if differs:
-                known[start + 1 : starts[j] + 1], broken[starts[j]] = False, 1
-                continue
-            still_open, at, byte = self.word(tuple(canonical[i:j]))
-            known[start + still_open] = False
-            if len(at):
-                tells[start + at, byte] = False
-        if starts[-1] < n:
-            known[starts[-1] + 1 :], broken[n] = False, 1
         # what the pre-tokenizer does at the end of a prefix; what is inside a letter may end as any other letter
         letters = text.decode(errors="surrogateescape").encode("utf-32-le", "surrogatepass")
         code = np.frombuffer(letters, dtype=np.uint32)
         width = 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000)
         width[(code >= 0xDC80) & (code <= 0xDCFF)] = 1
-        end, kinds = width.cumsum(), np.array([kind(c) for c in code.tolist()], dtype=np.int64)
-        steady, inside = np.ones(n + 1, dtype=bool), np.ones(n + 1, dtype=bool)
-        steady[end[1:]] = self.steady[kinds[:-1], kinds[1:]]
-        inside[[0, *end]] = False
-        letter = np.repeat(end - width, width)[np.flatnonzero(inside) - 1]  # its first byte
-        steady[inside] = steady[letter] & (path[letter] >= 0)
-        tells[end, :128] &= self.steady[kinds][:, [kind(c) for c in range(128)]]
+        end, kinds = width.cumsum(), ASCII[code.clip(max=127)]
+        kinds[code > 127] = [kind(c) for c in code[code > 127].tolist()]
+        known[end[1:]] = self.steady[kinds[:-1], kinds[1:]]
+        inside = np.flatnonzero(np.bincount(np.append(end, 0), minlength=n + 1) == 0)
+        letter = np.repeat(end - width, width)[inside - 1]  # its first byte
+        known[inside] = known[letter] & (path[letter] >= 0)
+        last = np.full(n + 1, len(KINDS))  # kind of the letter that ends here
+        last[end] = kinds
+        last[:n][path[:n] < 0] = len(KINDS) + 1
+        tells = np.pad(self.steady[:, ASCII], ((0, 2), (0, 128)), constant_values=True)
+        tells[-1] = False
+        tells, cut, same = tells[last], starts[first], np.diff(other) == 0
+        known[ranges(cut[:-1][~same] + 1, cut[1:][~same] + 1)[1]], broken[cut[1:][~same]] = False, 1
+        found, at = [tuple(canonical[i:j]) for i, j in zip(first[:-1][same], first[1:][same])], cut[:-1][same]
+        if len(self.words) > 1 << 16:
+            self.words.clear()
+        if new := list(dict.fromkeys(word for word in found if word not in self.words)):
+            self.words.update(zip(new, self._words(new)))
+        if found:
+            still_open, no = zip(*map(self.words.__getitem__, found))
+            known[np.concatenate(still_open) + np.repeat(at, list(map(len, still_open)))] = False
+            tells.reshape(-1)[np.concatenate(no) + np.repeat(at * 256, list(map(len, no)))] = False
+        if starts[-1] < n:
+            known[starts[-1] + 1 :], broken[n] = False, 1
         known[mute], broken[mute] = False, 1
-        return known & steady, tells, broken.cumsum()
+        return known, tells, broken.cumsum()
+
+
+def _pretrained(kind, name: str, revision: str | None):
+    try:
+        return kind.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
 
 
 def load_tokenizer(name: str, revision: str | None = None, options: dict | None = None, day: str | None = None):
@@ -1013,16 +989,12 @@ def load_tokenizer(name: str, revision: str | None = None, options: dict | None 
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
+    tokenizer = _pretrained(AutoTokenizer, name, revision)
     template = "" if tokenizer.chat_template is None else tokenizer.get_chat_template()
-    if unknown := [k for k in options or () if not re.search(rf"\b{re.escape(k)}\b", template)]:
-        raise ValueError(f"the chat template of {name} has no option {' and no '.join(unknown)}")
-    for key, value in (("chat_options", options), ("chat_date", day)):
-        if value is not None:
-            tokenizer.init_kwargs[key] = value  # saved with the tokenizer: an evaluation of a checkpoint has them too
+    unknown = [k for k in options or () if not re.search(rf"\b{re.escape(k)}\b", template)]
+    need(not unknown, f"the chat template of {name} has no option {' and no '.join(unknown)}")
+    told = {"chat_options": options, "chat_date": day}  # saved with it: an evaluation of a checkpoint has them too
+    tokenizer.init_kwargs |= {key: value for key, value in told.items() if value is not None}
     return tokenizer
 
 
@@ -1037,11 +1009,7 @@ def load_vocabulary(
     """The tokenizer of a model as bytes, with the ids that end its completions. Arguments as in `load_tokenizer`."""
     from transformers import AutoConfig, GenerationConfig
 
-    tokenizer = load_tokenizer(name, revision, options, day)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"model {name!r} is neither a directory with a model nor reachable on the Hub: {e}") from e
+    tokenizer, config = load_tokenizer(name, revision, options, day), _pretrained(AutoConfig, name, revision)
     try:
         ends = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
     except OSError:
@@ -1052,12 +1020,10 @@ def load_vocabulary(
 
 def share_markers(student: Vocabulary, teacher: Vocabulary) -> None:
     """Special tokens of one text in both write two bytes that no text holds: they are aligned like other tokens."""
-    known = [
-        {t.content: i for i, t in v.tokenizer.added_tokens_decoder.items() if i < v.size and v.bytes[i] is None}
-        for v in (student, teacher)
-    ]
-    ends = {*map(student.tokenizer.convert_ids_to_tokens, student.ends)}
-    ends |= {*map(teacher.tokenizer.convert_ids_to_tokens, teacher.ends)}
+    unwritten = lambda v, i: i < v.size and v.bytes[i] is None
+    added = [(v, v.tokenizer.added_tokens_decoder.items()) for v in (student, teacher)]
+    known = [{t.content: i for i, t in tokens if unwritten(v, i)} for v, tokens in added]
+    ends = {name for v in (student, teacher) for name in v.tokenizer.convert_ids_to_tokens(list(v.ends))}
     for n, name in enumerate(sorted(known[0].keys() & known[1].keys() - ends)[:64]):
         for v, ids in zip((student, teacher), known):
             v.bytes[i := ids[name]] = bytes([255, 128 + n])
@@ -1078,37 +1044,33 @@ class PrefixTree:
         self.lo = np.array([bisect_left(strings, prefix) for prefix in prefixes])
         self.rest = np.array([bisect_right(strings, prefix) for prefix in prefixes])
         self.hi = np.array([bisect_right(strings, prefix + last) for prefix in prefixes])
-        self.is_token = self.rest > self.lo
-        key = np.array([node[prefix[:-1]] for prefix in prefixes]) * 256 + self.byte
+        self.parent = np.array([node[prefix[:-1]] for prefix in prefixes])
+        self.parent[0] = -1
+        key = self.parent * 512 + self.byte
         self.child = 1 + np.argsort(key[1:], kind="stable")  # those of a node are consecutive, ordered by byte
         self.child_key = key[self.child]
-        self.child_start = np.searchsorted(self.child_key, np.arange(len(prefixes) + 1) * 256)
+        self.child_start = np.searchsorted(self.child_key, np.arange(len(prefixes) + 1) * 512)
+
+    def down(self, node: np.ndarray, byte: np.ndarray) -> np.ndarray:
+        """The nodes of these prefixes and one more byte each; -1: there is none."""
+        at = np.searchsorted(self.child_key, key := node * 512 + byte).clip(max=len(self.child_key) - 1)
+        return np.where(self.child_key[at] == key, self.child[at], -1)
 
     def walk(self, text: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Every (i, end, node) such that some string starts with text[start[i]:end], end >= start[i]."""
-        index, end, node = np.arange(len(start)), start.copy(), np.zeros(len(start), dtype=np.int64)
-        found = [(index, end, node)]
+        text, found = np.append(text, END), []
+        index, end, node = np.arange(len(start)), start, np.zeros(len(start), dtype=np.int64)
         while len(index):
-            alive = end < len(text)
-            index, end, node = index[alive], end[alive], node[alive]
-            key = node * 256 + text[end]
-            at = np.searchsorted(self.child_key, key).clip(max=len(self.child_key) - 1)
-            alive = self.child_key[at] == key
-            index, end, node = index[alive], end[alive] + 1, self.child[at[alive]]
             found.append((index, end, node))
-        return tuple(np.concatenate(part) for part in zip(*found))
-
-    def step(self, node: int, byte: int) -> int:
-        """The node of this prefix and one more byte; -1: there is none."""
-        at = int(np.searchsorted(self.child_key, key := node * 256 + byte))
-        return int(self.child[at]) if at < len(self.child_key) and self.child_key[at] == key else -1
+            node = self.down(node, text[end])
+            on = np.flatnonzero(node >= 0)
+            index, end, node = index[on], end[on] + 1, node[on]
+        return tuple(np.concatenate(part) for part in zip(*found, (index, end, node)))
 
     def children(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(i, child): every child of nodes[i]."""
-        count = self.child_start[nodes + 1] - self.child_start[nodes]
-        index = np.repeat(np.arange(len(nodes)), count)
-        nth = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
-        return index, self.child[self.child_start[nodes][index] + nth]
+        index, at = ranges(self.child_start[nodes], self.child_start[nodes + 1])
+        return index, self.child[at]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1128,129 +1090,153 @@ class BytePairs:
 
     def __init__(self, v: "Vocabulary", model: dict, byte_level: bool):
         vocab, pairs = model["vocab"], (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-        self.merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(pairs)}
-        self.letter = {c.replace("\u2581", " "): i for c, i in vocab.items() if len(c) == 1}
-        self.byte = {b: vocab.get(f"<0x{b:02X}>") for b in range(256)}
-        if byte_level:
-            self.letter, self.byte = {}, {b: vocab.get(c) for c, b in GPT2_BYTES.items()}
-        never = len(self.merges)
-        self.left, self.right, self.time = (np.full(v.size, x) for x in (-1, -1, -1))
-        self.ids: dict[bytes, int] = {}  # of the tokens that encodings hold
+        merges = {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(pairs)}
+        letter = {} if byte_level else {c.replace("\u2581", " "): i for c, i in vocab.items() if len(c) == 1}
+        alphabet = GPT2_BYTES if byte_level else {f"<0x{b:02X}>": b for b in range(256)}
+        byte, never = {b: vocab.get(c) for c, b in alphabet.items()}, len(merges)
+        left, self.right, self.time = (np.full(v.size, x) for x in (-1, -1, -1))
+        made: dict[bytes, int] = {}  # the tokens that encodings hold
         for i in sorted((i for i, b in enumerate(v.bytes) if b), key=lambda i: len(v.bytes[i])):
-            ids, last = self.symbols(v.bytes[i]), (-1, -1)
+            known = ([letter[c]] if c in letter else map(byte.get, c.encode(errors="surrogateescape"))
+                     for c in v.bytes[i].decode(errors="surrogateescape"))  # fmt: skip
+            ids, last = [*chain.from_iterable(known)], (-1, -1)
             while len(ids) > 1:
-                rank, at = min((self.merges.get(p, (never,))[0], n) for n, p in enumerate(pairwise(ids)))
+                rank, at = min((merges.get(p, (never,))[0], n) for n, p in enumerate(pairwise(ids)))
                 if rank == never:
                     break
                 last = ids[at], ids[at + 1]
-                ids[at : at + 2] = [self.merges[last][1]]
+                ids[at : at + 2] = [merges[last][1]]
             if ids == [i]:
-                self.ids[v.bytes[i]], (self.left[i], self.right[i]) = i, last
+                made[v.bytes[i]], (left[i], self.right[i]) = i, last
                 if last[0] >= 0:
                     self.time[i] = max(rank, *self.time[list(last)])
-        # merges by their first token: when they can happen at the earliest
-        of = sorted((a, b, rank) for (a, b), (rank, _) in self.merges.items())
-        self.first, self.second, rank = np.array(of, dtype=np.int64).reshape(-1, 3).T
-        self.when = np.maximum(rank, np.maximum(self.time[self.first], self.time[self.second]))
-        self.begin = np.searchsorted(self.first, np.arange(v.size + 1))
-        # tokens in the order of the ranges, and where the range of each stops
-        halves = defaultdict(list)
-        for i in self.ids.values():
-            halves[self.left[i]].append(i)
-        todo, line = halves[-1], []
-        for of in halves.values():
-            of.sort(key=self.time.__getitem__)
-        while todo:
-            line.append(todo.pop())
-            todo += halves[line[-1]]
-        self.place, self.stop = np.full(v.size, -1), np.zeros(v.size, dtype=np.int64)
-        self.place[line] = np.arange(len(line))
-        for i in reversed(line):
-            self.stop[i] = max(self.stop[i], self.place[i] + 1)
-            if self.left[i] >= 0:
-                self.stop[self.left[i]] = max(self.stop[self.left[i]], self.stop[i])
-        self.never = never
-        self.late = np.array(line)[np.argsort((self.left[line] + 1) * (never + 1) - self.time[line], kind="stable")]
-        self.late_key = (self.left[self.late] + 1) * (never + 1) - self.time[self.late]
+        # in the order of the ranges: each enters, at its time, right behind its left half, in front of what is there
+        made = np.array(sorted(made.values(), key=lambda i: (self.time[i], len(v.bytes[i]))))
+        behind, after, self.place = {-1: v.size}, np.zeros(v.size, dtype=np.int64), np.full(v.size + 1, -1)
+        for i, half in zip(made.tolist(), left[made].tolist()):
+            after[i] = behind[i] = behind[half]
+            behind[half] = i
+        i = -1
+        for place in range(len(made) + 1):
+            self.place[i := behind[i]] = place
+        # merges by their first token, then when they can happen at the earliest, and the range that each forbids: up to
+        # what was behind the second then
+        merges = np.array([(a, b, rank) for (a, b), (rank, _) in merges.items()], dtype=np.int64).reshape(-1, 3)
+        first, second, rank = merges[self.place[merges[:, 1]] >= 0].T
+        when = np.maximum(rank, np.maximum(self.time[first], self.time[second]))
+        first, second, when = np.array([first, second, when])[:, np.lexsort((when, first))]
+        key = lambda token, time: (token + 1) * (never + 1) + time
+        self.never, self.key, self.first = never, key, key(first, when)
+        child = made[np.argsort(key(left[made], self.time[made]), kind="stable")]
+        last = np.searchsorted(key(left[child], self.time[child]), key(second, when)) - 1
+        self.range = self.place[second], self.place[np.where(left[child[last]] == second, child[last], after[second])]
         self.place[v.literal] = v.size  # a token that is text as it stands: nothing forbids it
-        self.placed, self.longest = self.place[v.order], max(map(len, self.ids))  # in the order of the tree
-        self.forbidden = functools.lru_cache(1 << 16)(self._forbidden)
+        # per node of the tree: its token, and the places of all tokens below it, in runs
+        self.tree, self.width = v.tree, v.size + 2
+        node = np.repeat(np.arange(len(v.tree.lo)), v.tree.rest - v.tree.lo)[v.rank[made]]
+        self.token, found = np.full(len(v.tree.lo), -1), []
+        self.token[node] = made
+        while len(node):
+            found.append(node * self.width + self.place[made])
+            node, made = v.tree.parent[node], made[v.tree.parent[node] >= 0]
+            node = node[node >= 0]
+        key = np.unique(np.concatenate(found))
+        start = np.flatnonzero(np.diff(key, prepend=-2) > 1)
+        self.run_start, stop = key[start] % self.width, np.append(start[1:], len(key)) - 1
+        self.run_stop = key[stop] % self.width + 1
+        self.run = np.searchsorted(key[start], np.arange(len(v.tree.lo) + 1) * self.width)
+        # what may not follow the tokens that have been asked for: disjoint ranges, by the number of the token
+        self.number, self.count = np.append(np.full(v.size, -1), 0), 1
+        self.start, self.end, self.used = np.zeros(1 << 16, dtype=np.int64), np.zeros(1 << 16, dtype=np.int64), 0
 
-    def symbols(self, data: bytes) -> list[int | None]:
-        """Ids of single letters or bytes, before any merge; None for what cannot be written."""
-        if not self.letter:
-            return [self.byte[b] for b in data]
-        out = []
-        for c in data.decode(errors="surrogateescape"):
-            known = self.letter.get(c)
-            out += [known] if known is not None else [self.byte[b] for b in c.encode(errors="surrogateescape")]
+    def forbid(self, token: np.ndarray) -> None:
+        """Find the ranges that may not follow these tokens, those of them that are new."""
+        token = np.unique(token[self.number[token] < 0])
+        number = self.number[token] = self.count + np.arange(len(token))
+        self.count, limit, found = self.count + len(token), np.full(len(token), self.never), []
+        while len(token):
+            index, merge = ranges(*(np.searchsorted(self.first, self.key(token, time)) for time in (0, limit)))
+            found.append([number[index] * self.width + side[merge] for side in self.range])
+            on = self.right[token] >= 0
+            number, limit, token = number[on], self.time[token[on]], self.right[token[on]]
+        if not found:
+            return
+        start, stop = map(np.concatenate, zip(*found))
+        order = np.argsort(start)
+        start, stop = start[order], np.maximum.accumulate(stop[order])
+        apart = start[1:] > stop[:-1]
+        start, stop = start[np.append(True, apart)[: len(start)]], stop[np.append(apart, True)[: len(stop)]]
+        used, self.used = self.used, self.used + len(start)
+        if self.used > len(self.start):
+            self.start, self.end = np.resize(self.start, 2 * self.used), np.resize(self.end, 2 * self.used)
+        self.start[used : self.used], self.end[used : self.used] = start, stop
+
+    def _free(self, token: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """Whether some token of the places start .. stop - 1 may stand behind `token` (-1: a cut)."""
+        of = self.number[token] * self.width
+        at = np.searchsorted(self.start[: self.used], of + start, side="right") - 1
+        return (at < 0) | (self.end[at] < of + stop)
+
+    def states(self, data: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """(len(data),) last token of the encoding of a word up to each offset: -1 where it begins, -2: none."""
+        first, end, node = self.tree.walk(data, np.arange(len(data)))
+        on = self.token[node] >= 0
+        first, end, token = first[on], end[on], self.token[node[on]]
+        self.forbid(token)
+        depth = first - begin[np.searchsorted(begin, first, side="right") - 1]
+        order, place = np.argsort(depth, kind="stable"), self.place[token]
+        state = np.full(len(data), -2)
+        state[begin] = -1
+        for some in np.split(order, np.flatnonzero(np.diff(depth[order])) + 1):
+            some = some[state[first[some]] > -2]
+            some = some[self._free(state[first[some]], place[some], place[some] + 1)]
+            state[end[some]] = token[some]
+        return state
+
+    def some(self, token: np.ndarray, node: np.ndarray) -> np.ndarray:
+        """Whether some token below each of these nodes may stand behind each of these tokens, which `forbid` knows."""
+        out, todo, at, some = np.zeros(len(node), dtype=bool), np.arange(len(node)), self.run[node], 2
+        while len(todo):  # a few runs of each at first: mostly one of them is free
+            stop = np.minimum(at + some, self.run[node[todo] + 1])
+            index, run = ranges(at, stop)
+            out[todo[index[self._free(token[todo[index]], self.run_start[run], self.run_stop[run])]]] = True
+            on = ~out[todo] & (stop < self.run[node[todo] + 1])
+            todo, at, some = todo[on], stop[on], 8 * some
         return out
 
-    def states(self, data: bytes) -> list[list[int | None]]:
-        """Last tokens of the encodings of data[:0], data[:1], ..: one each, or none."""
-        found: list[list[int | None]] = [[None], *([] for _ in data)]
-        for start, last in enumerate(found):
-            for token in last:
-                first, stop = ((), ()) if token is None else self.forbidden(token)
-                for end in range(start + 1, min(start + self.longest, len(data)) + 1):
-                    if (i := self.ids.get(data[start:end])) is not None:
-                        before = bisect_right(first, self.place[i]) - 1
-                        if before < 0 or stop[before] <= self.place[i]:
-                            found[end].append(i)
-        return found
 
-    def _forbidden(self, token: int) -> tuple[np.ndarray, np.ndarray]:
-        """(start, stop) of the ranges that may not follow `token`: sorted, and stops that never decrease."""
-        start, stop, limit = [], [], self.never
-        while True:
-            some = slice(self.begin[token], self.begin[token + 1])
-            second, when = self.second[some], self.when[some]
-            second, when = second[when < limit], when[when < limit]
-            last = np.searchsorted(self.late_key, (second + 1) * (self.never + 1) - when, side="right") - 1
-            below = (last >= 0) & (self.left[self.late[last]] == second)
-            start.append(self.place[second])
-            stop.append(np.where(below, self.stop[self.late[last]], self.place[second] + 1))
-            if self.right[token] < 0:
-                break
-            limit, token = self.time[token], self.right[token]
-        start, stop = np.concatenate(start), np.concatenate(stop)
-        order = np.argsort(start, kind="stable")
-        return start[order], np.maximum.accumulate(stop[order])
-
-    def may_follow(self, token: int | None, lo: int, hi: int) -> np.ndarray:
-        """(hi - lo,) which tokens lo..hi-1 of the sorted vocabulary may stand behind `token` (None: a cut)."""
-        place = self.placed[lo:hi]
-        if token is None:
-            return place >= 0
-        start, stop = self.forbidden(token)
-        if not len(start):
-            return place >= 0
-        before = np.searchsorted(start, place, side="right") - 1
-        return (place >= 0) & ((before < 0) | (stop[before] <= place))
+MOST = 64
 
 
 class Reencoded:
     """Any other tokenizer whose encodings stay encodings when they are cut at a boundary, like Unigram: it is asked.
 
     Two tokens may stand side by side if the text of both is encoded as both. Where that would have to be asked of more
-    than `most` tokens, all of them count as possible: fewer offsets are used then, not more.
+    than MOST tokens, all of them count as possible: fewer offsets are used then, not more.
     """
 
-    def __init__(self, v: "Vocabulary", most: int = 64):
-        self.model, self.order, self.most = v.tokenizer.backend_tokenizer.model, v.order.tolist(), most
+    def __init__(self, v: "Vocabulary"):
+        self.model, self.order, self.tree = v.tokenizer.backend_tokenizer.model, v.order, v.tree
         self.pieces = v.tokenizer.convert_ids_to_tokens(list(range(len(v.tokenizer))))
         self.space = "\u2581" if any("\u2581" in piece for piece in self.pieces) else " "
         self.encode = functools.lru_cache(1 << 16)(lambda text: [token.id for token in self.model.tokenize(text)])
 
-    def states(self, data: bytes) -> list[list[int | None]]:
-        """Last token of the encoding of data[:0], data[:1], ..; -1 inside a letter: anything may follow."""
-        texts = [data[:k].decode(errors="replace").replace(" ", self.space) for k in range(1, len(data) + 1)]
-        return [[None], *([-1 if "\ufffd" in text else self.encode(text)[-1]] for text in texts)]
+    def states(self, data: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """As BytePairs; -1 inside a letter, too: anything may follow."""
+        state = np.full(len(data), -1)
+        for first, stop in pairwise([*begin.tolist(), len(data)]):
+            text = data[first : stop - 1].astype(np.uint8).tobytes()
+            for k in range(1, len(text) + 1):
+                prefix = text[:k].decode(errors="replace").replace(" ", self.space)
+                state[first + k] = -1 if "\ufffd" in prefix else self.encode(prefix)[-1]
+        return state
 
-    def may_follow(self, token: int | None, lo: int, hi: int) -> np.ndarray:
-        if token is None or token < 0 or hi - lo > self.most:
-            return np.ones(hi - lo, dtype=bool)
-        return np.array([self.encode(self.pieces[token] + self.pieces[i]) == [token, i] for i in self.order[lo:hi]])
+    def some(self, token: np.ndarray, node: np.ndarray) -> np.ndarray:
+        """As BytePairs."""
+        asked = zip(token.tolist(), self.tree.lo[node].tolist(), self.tree.hi[node].tolist())
+        stands = lambda t, i: self.encode(self.pieces[t] + self.pieces[i]) == [t, i]
+        some = lambda t, lo, hi: t < 0 or hi - lo > MOST or any(stands(t, i) for i in self.order[lo:hi])
+        return np.array([some(*ask) for ask in asked], dtype=bool)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1267,24 +1253,6 @@ def spans(student_ends: np.ndarray, teacher_ends: np.ndarray) -> tuple[np.ndarra
     return span(student_ends), span(teacher_ends), len(common)
 
 
-def shared_bins(student: Vocabulary, teacher: Vocabulary) -> tuple[np.ndarray, np.ndarray, int]:
-    """(student bin (V,), teacher bin (U,), number of bins): many-to-one maps of both vocabularies onto shared bytes.
-
-    A token's bin is its longest prefix that is a token of both vocabularies; all ids that end a text share one bin, by
-    role, and what has no shared prefix shares the last.
-    """
-    number = {b: i for i, b in enumerate(sorted(student.tokens & teacher.tokens))}
-    end, nothing = len(number), len(number) + 1
-
-    def bins(v: Vocabulary) -> np.ndarray:
-        prefixes = ((number.get(b[:n]) for n in range(len(b), 0, -1)) for b in (b or b"" for b in v.bytes))
-        out = np.array([next((bin for bin in some if bin is not None), nothing) for some in prefixes])
-        out[list(v.ends)] = end
-        return out
-
-    return bins(student), bins(teacher), len(number) + 2
-
-
 def shared_ids(student: Vocabulary, teacher: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
     """Ids (K,), (K,) of the same byte strings in both vocabularies, one to one, and of the first end ids."""
     first_s, first_t = ({b: i for i, b in reversed(list(enumerate(v.bytes))) if b} for v in (student, teacher))
@@ -1296,18 +1264,15 @@ def shared_ids(student: Vocabulary, teacher: Vocabulary) -> tuple[np.ndarray, np
 class _PrefixSide:
     """One model's tokens over a text: where it has boundaries, and which prefixes cover which bytes."""
 
-    def __init__(self, vocabulary: Vocabulary, ids: list[int], text: np.ndarray):
-        n, tree = len(text), vocabulary.tree
-        self.tree, self.rank, self.num_tokens = tree, vocabulary.rank[ids], int(vocabulary.edge[257])
+    def __init__(self, vocabulary: Vocabulary, ids: list[int], text: bytes):
+        self.tree, self.rank, self.num_tokens = vocabulary.tree, vocabulary.rank[ids], int(vocabulary.edge[257])
         boundary = np.cumsum([0, *vocabulary.lengths[ids]])[: len(ids)]  # offset at which row i predicts
         rows = np.flatnonzero(~vocabulary.mute(ids))
-        index, self.end, self.node = tree.walk(text, boundary[rows])
-        self.row = rows[index]
-        self.row_at = np.full(n + 1, -1)
+        index, self.end, self.node = self.tree.walk(np.frombuffer(text, dtype=np.uint8), boundary[rows])
+        self.row, self.row_at = rows[index], np.full(len(text) + 1, -1)
         self.row_at[boundary] = np.arange(len(ids))
-        self.is_boundary = self.row_at >= 0
-        self.is_boundary[n] = True
-        self.known, self.tells, self.broken = vocabulary.closed(text.astype(np.uint8).tobytes(), ids)
+        self.is_boundary = np.append(self.row_at[:-1] >= 0, True)
+        self.known, self.tells, self.broken = vocabulary.closed(text, ids)
 
 
 def prefix_queries(
@@ -1315,39 +1280,38 @@ def prefix_queries(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray, int]:
     """What gold_loss.prefix_loss has to ask both models about one completion (its docstring defines the terms).
 
-    An offset k is used if F(k) is known for both models. At a model's own boundary it always is, and so is the law of
-    the next byte. Inside a token t, d bytes in, F(k) is known if d = 1 or t[:d] is itself a token, and the next byte b
-    is told apart if t[:d] + b is a token: then a tokenizer that prefers long tokens covers that text with one token
-    from the same boundary, so the covering sum over the path is complete. (Of t = "abcd" without a token "abc", texts
-    that start with "abc" may be tokenised ab|c, which is on no path we evaluated.) For byte-pair encodings, which do
-    not always prefer the longest token, a little mass is still missed: `missed_mass` measures it.
+    An offset k is used if F(k) is complete for both models, and the next byte is told apart where both do so: see
+    `Vocabulary.closed`. Everything between two used offsets is one outcome.
 
     Args:
         student_ids, teacher_ids: tokens that write exactly `text`, then an end id if `ended`.
     Returns: (student queries, teacher queries, offset (O,), number of offsets M); a query's slot is an outcome 0..O-1
         or, for the total of offset m, -1 - m; a token of the path has -1 - M.
     """
-    data = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
-    n = len(data)
-    sides = [_PrefixSide(student, student_ids, data), _PrefixSide(teacher, teacher_ids, data)]
+    n, sides = len(text), [_PrefixSide(student, student_ids, text), _PrefixSide(teacher, teacher_ids, text)]
     known = np.flatnonzero(sides[0].known & sides[1].known)  # begins with 0
     at, after = known, np.append(known[1:], n + 1)  # n + 1: the end of the text
     if not ended:
         at, after = at[at < n], after[at < n]
     num_offsets = len(at)
-    told = sides[0].tells[at] & sides[1].tells[at]
+    told, here = sides[0].tells[at] & sides[1].tells[at], np.arange(num_offsets)
     full = sides[0].is_boundary[at] & sides[1].is_boundary[at]  # here the end of the text is told apart, too
     # the next byte is not told apart: one outcome for exactly the bytes up to the next offset
-    leap = (at < n) & ~told[np.arange(num_offsets), np.append(data, 0)[at]] & ((after <= n) | ended)
+    leap = (at < n) & ~told[here, np.frombuffer(text + b"\0", dtype=np.uint8)[at]] & ((after <= n) | ended)
     for side in sides:
         leap &= side.broken[at] == side.broken[after.clip(max=n)]
-    count = np.where(full, 257, told.sum(1)) + leap
+    tells = told.any(1)
+    some = np.flatnonzero(full | tells)
+    told, line = told[some], np.full(num_offsets, -1)
+    line[some] = np.arange(len(some))  # of an offset in `told` and `slot_of_byte`
+    count = leap.astype(np.int64)
+    count[some] += np.where(full[some], 257, np.count_nonzero(told, axis=1))
     first = count.cumsum() - count
-    num_outcomes = int(count.sum())
-    nowhere = num_outcomes
-    slot_of_byte = first[:, None] + np.where(full[:, None], np.arange(256), told.cumsum(1) - 1)
-    offset = np.repeat(np.arange(num_offsets), count)
-    hidden = slot_of_byte[full[:, None] & ~told]  # part of "anything else", although every byte has a slot there
+    nowhere = int(count.sum())  # the number of outcomes
+    whole = full[some][:, None]
+    slot_of_byte = first[some][:, None] + np.where(whole, np.arange(256), told.cumsum(1, dtype=np.int16) - 1)
+    offset = np.repeat(here, count)
+    hidden = slot_of_byte[whole & ~told]  # part of "anything else", although every byte has a slot there
     offset[hidden] = -1 - offset[hidden]
     slot_of_byte[~told] = nowhere
     leap_to = np.full(n + 2, nowhere)
@@ -1364,9 +1328,10 @@ def prefix_queries(
         used = offset_at[side.end] >= 0
         row, node, here = row[used], node[used], offset_at[side.end[used]]
         # the next byte: below every prefix that reaches a used offset; a `full` row is asked for all 256 at once
-        some = np.flatnonzero(told.any(1)[here] & ~(full[here] & (node == 0)))
+        some = np.flatnonzero(tells[here] & ~(full[here] & (node == 0)))
         index, child = tree.children(node[some])
-        bytes_ = row[some][index], tree.lo[child], tree.hi[child], slot_of_byte[here[some][index], tree.byte[child]]
+        slot = slot_of_byte[line[here[some]][index], tree.byte[child]]
+        bytes_ = row[some][index], tree.lo[child], tree.hi[child], slot
         # the total: what continues past the offset. A token that ends at a boundary without being on the path is
         # dropped: its text goes on in a way that no row of the path describes
         lo = np.where(side.is_boundary[at[here]], tree.rest[node], tree.lo[node])
@@ -1393,6 +1358,7 @@ class Alignment:
     num_bytes: int  # of the completion
     scored_bytes: int  # of them compared
     prefix: tuple | None = None  # what prefix_queries returned
+    unwritten: int = 0  # bytes from the first on that the teacher's tokenizer cannot write, or normalises to others
 
 
 def same_vocabulary(a: Vocabulary, b: Vocabulary) -> bool:
@@ -1409,7 +1375,7 @@ def align(
     The text is the bytes of the student's ids as they are, never decoded and never re-tokenised for the student. The
     end token is part of it only where the student really stopped. If an id in the middle writes nothing (a special
     token that the teacher does not have) it counts as text of length 0, in no span. If the teacher cannot write some
-    byte, everything from there on is left out: see `scored_bytes`.
+    byte, everything from there on is left out: see `unwritten`.
     """
     content = completion_ids[:-1] if finished else completion_ids
     text, student_ends = student.join(content), student.lengths[content].cumsum()
@@ -1418,7 +1384,8 @@ def align(
     teacher_ids, teacher_ends = teacher.encode(text)
     if teacher.lossy and len(teacher_ends):
         teacher_ends[-1] = len(text)
-    complete = finished and (teacher_ends[-1] if len(teacher_ends) else 0) == len(text)
+    unwritten = len(text) - int(teacher_ends[-1] if len(teacher_ends) else 0)
+    complete = finished and not unwritten
     common = np.intersect1d(student_ends, teacher_ends)
     stop = int(common[-1]) if len(common) else 0
     if not complete:
@@ -1427,13 +1394,12 @@ def align(
     if complete:  # the end of the text is a byte of its own
         student_ends, teacher_ends = np.append(student_ends, stop + 1), np.append(teacher_ends, stop + 1)
         student_ids, teacher_ids = completion_ids, teacher_ids + [teacher.ends[0]]
-    queries = None
-    if prefix:
-        queries = prefix_queries(student, teacher, student_ids, teacher_ids, text[:stop], complete)
+    both = student, teacher, student_ids, teacher_ids, text[:stop], complete
+    queries = prefix_queries(*both) if prefix else None
     *span, num_spans = spans(student_ends, teacher_ends)
     span[0][np.diff(student_ends, prepend=0) == 0] = -1
-    num_bytes = int(student.lengths[content].sum())
-    return Alignment(teacher_ids, len(student_ids), len(teacher_ids), *span, num_spans, num_bytes, stop, queries)
+    counts = num_spans, int(student.lengths[content].sum()), stop, queries, unwritten
+    return Alignment(teacher_ids, len(student_ids), len(teacher_ids), *span, *counts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1492,11 +1458,11 @@ class Batch:
 def _side(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(ids, mask, flat positions that predict the completions, their tokens) of one model."""
     long = lambda x: torch.tensor(x, dtype=torch.long)
-    both = [p + c for p, c in zip(prompts, completions)]
-    ids = pad_sequence([long(row) for row in both], batch_first=True)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in both], batch_first=True)
-    starts = [i * ids.size(1) + len(p) - 1 for i, p in enumerate(prompts)]
-    rows = [start + t for start, c in zip(starts, completions) for t in range(len(c))]
+    both = [long(p + c) for p, c in zip(prompts, completions)]
+    ids, mask = (pad_sequence(rows, batch_first=True) for rows in (both, list(map(torch.ones_like, both))))
+    rows = [
+        i * ids.size(1) + len(p) - 1 + t for i, (p, c) in enumerate(zip(prompts, completions)) for t in range(len(c))
+    ]
     return ids, mask, long(rows), long([t for c in completions for t in c])
 
 
@@ -1520,37 +1486,34 @@ def collate(samples: list[Sample], with_teacher: bool = True) -> Batch:
     if aligned[0] is None:
         return batch
     spans_before = np.cumsum([0] + [a.num_spans for a in aligned])
-    shifted = lambda parts: [np.where(part >= 0, part + n, -1) for part, n in zip(parts, spans_before)]
-    batch.student_span = torch.from_numpy(np.concatenate(shifted([a.student_span for a in aligned])))
-    batch.teacher_span = torch.from_numpy(np.concatenate(shifted([a.teacher_span for a in aligned])))
+    for side in ("student_span", "teacher_span"):
+        shifted = [np.where((x := getattr(a, side)) >= 0, x + n, -1) for a, n in zip(aligned, spans_before)]
+        setattr(batch, side, torch.from_numpy(np.concatenate(shifted)))
     batch.span_sample = torch.from_numpy(np.repeat(np.arange(len(samples)), np.diff(spans_before)))
     if aligned[0].prefix is not None:
-        _collate_queries(batch, [a.prefix for a in aligned])
+        batch.student_queries, batch.teacher_queries = (_queries([a.prefix for a in aligned], side) for side in (0, 1))
+        offsets = np.cumsum([0] + [a.prefix[3] for a in aligned])
+        shifted = [np.where((x := a.prefix[2]) < 0, x - n, x + n) for a, n in zip(aligned, offsets)]
+        batch.offset = torch.from_numpy(np.concatenate(shifted))
+        batch.offset_sample = torch.from_numpy(np.repeat(np.arange(len(samples)), np.diff(offsets)))
     return batch
 
 
-def _collate_queries(batch: Batch, parts: list[tuple]) -> None:
+def _queries(parts: list[tuple], side: int) -> dict[str, Tensor]:
     """One completion's slots after another's: all outcomes, then all totals, then one for the tokens of the path."""
-    merged = []
-    for side in (0, 1):
-        columns, rows, queries, outcomes, totals = defaultdict(list), 0, 0, 0, 0
-        for part in parts:
-            q, shift = part[side], {"row": rows, "full_row": rows, "path": queries, "full_slot": outcomes}
-            shift["slot"] = np.where(q["slot"] < 0, -totals, outcomes)
-            for key, column in q.items():
-                columns[key].append(column + shift.get(key, 0))
-            columns["start"].append(np.full(len(q["path"]), rows))
-            rows, queries = rows + len(q["path"]), queries + len(q["row"])
-            outcomes, totals = outcomes + len(part[2]), totals + part[3]
-        q = {key: torch.from_numpy(np.concatenate(column)) for key, column in columns.items()}
-        q["slot"] = torch.where(q["slot"] < 0, outcomes - 1 - q["slot"], q["slot"])
-        q["slot"][q["path"]] = outcomes + totals
-        merged.append(q)
-    batch.student_queries, batch.teacher_queries = merged
-    offsets = np.cumsum([0] + [part[3] for part in parts])
-    shifted = [np.where(part[2] < 0, part[2] - n, part[2] + n) for part, n in zip(parts, offsets)]
-    batch.offset = torch.from_numpy(np.concatenate(shifted))
-    batch.offset_sample = torch.from_numpy(np.repeat(np.arange(len(parts)), np.diff(offsets)))
+    columns, rows, queries, outcomes, totals = defaultdict(list), 0, 0, 0, 0
+    for part in parts:
+        q, shift = part[side], {"row": rows, "full_row": rows, "path": queries, "full_slot": outcomes}
+        shift["slot"] = np.where(q["slot"] < 0, -totals, outcomes)
+        for key, column in q.items():
+            columns[key].append(column + shift.get(key, 0))
+        columns["start"].append(np.full(len(q["path"]), rows))
+        rows, queries = rows + len(q["path"]), queries + len(q["row"])
+        outcomes, totals = outcomes + len(part[2]), totals + part[3]
+    q = {key: torch.from_numpy(np.concatenate(column)) for key, column in columns.items()}
+    q["slot"] = torch.where(q["slot"] < 0, outcomes - 1 - q["slot"], q["slot"])
+    q["slot"][q["path"]] = outcomes + totals
+    return q
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1606,16 +1569,15 @@ class Config:
 def main(config: Config) -> None:
     """Raises ValueError or OSError for what the user can put right."""
     if config.make is not None:
-        if config.out is None:
-            raise ValueError("--make needs a file to write: --out FILE.jsonl")
-        if config.make == "countdown-mini" and config.rule != Difficulty():
-            raise ValueError("countdown-mini has one difficulty: no --numbers, --top, --operations, --top-target")
+        need(config.out is not None, "--make needs a file to write: --out FILE.jsonl")
+        fits = config.make == "countdown" or config.rule == Difficulty()
+        need(fits, "countdown-mini has one difficulty: no --numbers, --top, --operations, --top-target")
         rows = make_countdown(config.n, config.seed, config.make == "countdown-mini", config.test, config.rule)
         Path(config.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"{len(rows)} {'test' if config.test else 'training'} puzzles in {config.out}")
-    elif None in (config.student, config.teacher, config.text):
-        raise ValueError("name --student, --teacher and --text for a report, or --make and --out for puzzles")
     else:
+        named = None not in (config.student, config.teacher, config.text)
+        need(named, "name --student, --teacher and --text for a report, or --make and --out for puzzles")
         texts = [Path(config.text).read_text()]
         student, teacher = load_vocabulary(config.student), load_vocabulary(config.teacher)
         report = coverage(student, teacher, texts, prefix=not (student.lossy or teacher.lossy))

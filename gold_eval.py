@@ -45,8 +45,8 @@ import tyro
 
 import gold_buffer
 import gold_data
-from gold_buffer import append_jsonl, need, read_jsonl
-from gold_data import Row
+from gold_buffer import append_jsonl, read_jsonl
+from gold_data import Row, need
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Countdown's grader: no eval, no ast, no floats

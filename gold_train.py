@@ -56,7 +56,7 @@ import gold_buffer
 import gold_data
 import gold_eval
 import gold_loss
-from gold_data import Batch, Rows, Sample, Vocabulary
+from gold_data import Batch, Rows, Sample, Vocabulary, need
 from gold_loss import Head, Loss, Side
 
 
@@ -134,12 +134,6 @@ class Config:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the command line, the ranks, and what can be known to be wrong before anything is loaded
-
-
-def need(ok, message: str) -> None:
-    """Raises ValueError unless `ok`. At the start it ends the program in this one line."""
-    if not ok:
-        raise ValueError(message)
 
 
 def parse(default: Config) -> Config:
@@ -890,8 +884,8 @@ def open_sampler(cfg: Config, student, device: torch.device, say):
 
 
 def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
-    matrices = [p for p in student.parameters() if p.dim() >= 2]
-    vectors = [p for p in student.parameters() if p.dim() < 2]
+    trained = [p for p in student.parameters() if p.requires_grad]  # FORK: freeze the others, see forks/lora.py
+    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=True)
     for p in matrices + vectors:  # what the first step would make: an engine must find the memory that is left
@@ -1454,8 +1448,8 @@ TEACHER_STEPS, STUDENT_STEPS = 800, 160
 SOLVED = "train[:500]"  # the puzzles whose answers are known; GOLD needs no answers and gets more puzzles
 EMBEDDED = Config(
     dataset="countdown-mini", split="train[:8000]", max_length=96, max_completion_length=64, seq_kd=True,
-    per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=600, learning_rate=3e-3, weight_decay=0.01,
-    beta=0.0, eval_tasks=("countdown-mini",), eval_steps=200, eval_max_samples=512, save_steps=100,
+    per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=500, learning_rate=3e-3, weight_decay=0.01,
+    beta=0.0, eval_tasks=("countdown-mini",), eval_steps=250, eval_max_samples=512, save_steps=100,
     output_dir="out/embedded",
 )  # fmt: skip
 

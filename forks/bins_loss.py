@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,7 +50,7 @@ def bins_loss(
     taken out of the first token's bin. Spans whose bins hold one token on both sides need none, so for identical
     vocabularies this is `gold_loss.jsd`. Biased: RESULTS, The known optimum.
 
-    Args: student_bin (V,), teacher_bin (U,): bin of each token id (gold_data.shared_bins).
+    Args: student_bin (V,), teacher_bin (U,): bin of each token id (shared_bins).
     Returns: Loss with values (G,).
     """
     (first_s, last_s), (first_t, last_t) = gold_loss.span_ends(student.span), gold_loss.span_ends(teacher.span)
@@ -82,9 +83,27 @@ def bins_loss(
     return gold_loss.row_loss(gold_loss.by_autograd(fn), *starts, extra, chunk, first_s)
 
 
+def shared_bins(student: gold_data.Vocabulary, teacher: gold_data.Vocabulary) -> tuple[np.ndarray, np.ndarray, int]:
+    """(student bin (V,), teacher bin (U,), number of bins): many-to-one maps of both vocabularies onto shared bytes.
+
+    A token's bin is its longest prefix that is a token of both vocabularies; all ids that end a text share one bin, by
+    role, and what has no shared prefix shares the last.
+    """
+    number = {b: i for i, b in enumerate(sorted({*student.tokens} & {*teacher.tokens}))}
+    end, nothing = len(number), len(number) + 1
+
+    def bins(v: gold_data.Vocabulary) -> np.ndarray:
+        prefixes = ((number.get(b[:n]) for n in range(len(b), 0, -1)) for b in (b or b"" for b in v.bytes))
+        out = np.array([next((bin for bin in some if bin is not None), nothing) for some in prefixes])
+        out[list(v.ends)] = end
+        return out
+
+    return bins(student), bins(teacher), len(number) + 2
+
+
 def bins_pair(cfg: gold_train.Config, student: gold_data.Vocabulary, teacher: gold_data.Vocabulary, put) -> Callable:
     """What gold_train.distill calls with both sides of a batch; alm gives the other half of bins+alm."""
-    student_bin, teacher_bin, num_bins = gold_data.shared_bins(student, teacher)
+    student_bin, teacher_bin, num_bins = shared_bins(student, teacher)
     bins, alm = (put(student_bin), put(teacher_bin), num_bins), gold_train.alm_pair(cfg, student, teacher, put)
 
     def compare(ours: Side, theirs: Side, batch: gold_data.Batch) -> tuple[Loss, Tensor]:

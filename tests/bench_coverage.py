@@ -259,7 +259,7 @@ def main() -> None:
             print(f"{name}: writes only the first {ends[-1] if len(ends) else 0} bytes", file=sys.stderr)
         cells = ["{:.1%}, {:.3%}, {:.2%}".format(*missed(v, text)) for text in kinds.values()]
         print(
-            f"| {name} | {len(v.tokens):,} | {len(everything.encode()) / len(ids):.2f} | {' | '.join(cells)} |",
+            f"| {name} | {len(set(v.tokens)):,} | {len(everything.encode()) / len(ids):.2f} | {' | '.join(cells)} |",
             flush=True,
         )
 
@@ -274,7 +274,7 @@ def main() -> None:
             c = gold_data.coverage(*pair, [text for text in kinds.values()], prefix=False)
             used = [gold_data.coverage(*pair, [text[:100_000]], prefix=True)["offsets"] for text in kinds.values()]
             cells = [f"{c['coverage']:.2%}", f"{c['one_to_one']:.1%}", c["largest_span"]]
-            cells += [f"{len(pair[0].tokens & pair[1].tokens):,}", ", ".join(f"{x:.0%}" for x in used)]
+            cells += [f"{len(set(pair[0].tokens) & set(pair[1].tokens)):,}", ", ".join(f"{x:.0%}" for x in used)]
             text = next(iter(kinds.values()))
             cells += ["{:.0f}, {:.0f}".format(*milliseconds(*pair, text, size)) for size in (512, 4096)]
             print(f"| {student} | {teacher} | " + " | ".join(map(str, cells)) + " |", flush=True)

@@ -96,7 +96,7 @@ class Inputs:
             self.student_ids, self.teacher_ids = self.batch.student_targets, self.batch.teacher_targets
             both = zip(self.vocabularies, (self.batch.student_queries, self.batch.teacher_queries))
             self.queries = [gold_loss.Queries(order=put(v.order), edge=put(v.edge), **q) for v, q in both]
-            bins = gold_data.shared_bins(*self.vocabularies)
+            bins = bins_loss.shared_bins(*self.vocabularies)
             self.bins, self.match = (
                 (*map(put, bins[:2]), bins[2]),
                 tuple(map(put, gold_data.shared_ids(*self.vocabularies))),

@@ -254,7 +254,7 @@ class Problem:
         hidden, head = torch.eye(len(table), dtype=torch.float64)[laws], gold_loss.Head(table.T.contiguous())
         self.teacher = gold_loss.Side(hidden, head, self.batch.teacher_targets, self.batch.teacher_span)
         self.teacher_logprobs = gold_loss.token_logprobs(self.teacher)[0]
-        bins = gold_data.shared_bins(*both)
+        bins = bins_loss.shared_bins(*both)
         self.bins = (torch.tensor(bins[0]), torch.tensor(bins[1]), bins[2])
         self.match = tuple(map(torch.tensor, gold_data.shared_ids(*both)))
         self.queries = [

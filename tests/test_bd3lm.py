@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,11 +23,11 @@ from conftest import tiny_llama, tiny_model, tiny_qwen
 sys.path.insert(0, str(Path(__file__).parent.parent / "forks"))
 
 import gsm8k_bd3lm as fork
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import gold_data
 import gold_eval
-import gold_loss
 import gold_train
 from gold_buffer import Request, Sampling
 
@@ -35,10 +36,16 @@ V = 12  # ids of the random models; the last one is the hole
 ALONE = gold_train.Ranks(0, 0, 1, 1, torch.device("cpu"))
 
 
-def denoiser(size: int, shift: bool = True, model=None) -> fork.Denoiser:
-    model = model or tiny_llama(V, hidden=16)
-    head = gold_loss.Head(model.get_output_embeddings().weight)
-    return fork.Denoiser(model, model.base_model, head, V - 1, size, shift, torch.float32)
+TOKENIZER = SimpleNamespace(mask_token_id=V - 1, eos_token_id=0)
+
+
+def denoiser(size: int, shift: bool = True, model=None, **settings) -> fork.Denoiser:
+    cfg = fork.Config(**{"length": 32, "block_size": size, "shift": shift} | settings)
+    return fork.Denoiser(cfg, model or tiny_llama(V, hidden=16), TOKENIZER)
+
+
+def with_settings(net: fork.Denoiser, **settings) -> fork.Denoiser:
+    return fork.Denoiser(replace(net.cfg, **settings), net.model, TOKENIZER)
 
 
 def texts(rows: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,13 +127,14 @@ def test_nothing_sees_a_later_block_a_hidden_token_or_padding():
 # the objective
 
 
-def drawn(rows: int, n: int, size: int, seed: int = 0):
-    return fork.noise([[seed, i] for i in range(rows)], [n] * rows, size)
+def drawn(keys: torch.Tensor, size: int, seed: int = 0, **turn) -> tuple[torch.Tensor, torch.Tensor]:
+    """(holes, weights) of texts whose tokens exist where keys (B, n) are true."""
+    return fork.corrupt(keys, size, [[seed, i] for i in range(len(keys))], **turn)
 
 
 def test_block_size_1_is_the_causal_lm():
     net, (ids, keys) = denoiser(1), texts(3, 16)
-    ours = fork.diffusion_loss(net, ids, keys, drawn(3, 16, 1))
+    ours = net.loss(ids, keys, *drawn(keys, 1)).total
     z = net.model(input_ids=ids).logits[:, :-1, : V - 1]
     theirs = torch.nn.functional.cross_entropy(z.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
     assert abs(ours - theirs) < 1e-6 * theirs
@@ -140,7 +148,7 @@ def test_block_size_1_without_shift_reads_each_token_at_a_hole_behind_its_past()
     for i in range(1, 8):
         z = net.model(input_ids=torch.cat([ids[:, :i], torch.tensor([[V - 1]])], 1)).logits[0, -1, : V - 1]
         theirs -= z.log_softmax(-1)[ids[0, i]]
-    assert abs(fork.diffusion_loss(net, ids, keys, drawn(1, 8, 1)) - theirs) < 1e-5 * theirs
+    assert abs(net.loss(ids, keys, *drawn(keys, 1)).total - theirs) < 1e-5 * theirs
 
 
 @pytest.mark.parametrize("shift", [True, False])
@@ -151,9 +159,9 @@ def test_one_draw_estimates_average_to_the_enumerated_bound(shift):
     keys[:, 10:] = False
     exact = enumerated(net, ids[0, :10].tolist())
     with torch.no_grad():
-        holes, weight, side = net.read(ids.repeat(draws, 1), keys.repeat(draws, 1), *drawn(draws, 12, 4))
-        values = fork.weighted_loss(weight, side).values
-    per_draw = torch.zeros(draws).index_add(0, holes.nonzero()[:, 0], values)
+        many = keys.repeat(draws, 1)
+        loss = net.loss(ids.repeat(draws, 1), many, *drawn(many, 4))
+    per_draw = torch.zeros(draws).index_add(0, loss.rows // 12, loss.values)
     assert abs(per_draw.mean() - exact) < 4 * per_draw.std() / math.sqrt(draws)
     assert per_draw.std() / math.sqrt(draws) < 0.01 * exact  # so that this can fail
 
@@ -164,44 +172,80 @@ def test_numbers_of_holes_estimate_what_rates_of_holes_estimate_with_a_fifth_of_
     ours, theirs = [], []
     with torch.no_grad():
         for k in range(draws):
-            _, weight, side = net.read(ids, keys, *drawn(8, 16, 4, k))
-            ours.append(fork.weighted_loss(weight, side).total.item())
+            ours.append(net.loss(ids, keys, *drawn(keys, 4, k)).total.item())
             t = (torch.rand(32, generator=rng) + torch.randperm(32, generator=rng)) / 32
             t = (1e-3 + (1 - 1e-3) * t).view(8, 4).repeat_interleave(4, 1)
             holes = torch.rand(8, 16, generator=rng) < t
             holes[:, 0] = False
-            b, i = holes.nonzero(as_tuple=True)
-            hidden = net.hidden(torch.where(holes, V - 1, ids), ids, keys, b * 32 + i - 1 + 16 * (i % 4 == 0))
-            side = gold_loss.Side(hidden, net.head.first(V - 1), ids[holes])
-            theirs.append(fork.weighted_loss(1 / t[holes], side).total.item())
+            theirs.append(net.loss(ids, keys, holes, 1 / t).total.item())
     ours, theirs = np.array(ours), np.array(theirs)
     assert abs(ours.mean() - theirs.mean()) < 4 * math.hypot(ours.std(), theirs.std()) / math.sqrt(draws)
     assert ours.std() < theirs.std() / 5
 
 
 def test_every_number_of_holes_is_equally_likely_and_so_is_every_place():
-    free, draws = torch.ones(20_000, 4, dtype=torch.bool), 20_000
-    free[:, 0] = False
-    holes, weight = fork.corrupt(free, 4, *drawn(draws, 4, 4))
-    assert not holes[:, 0].any() and torch.equal(holes.sum(1) * weight[:, 0], torch.full((draws,), 3.0))
-    assert (holes.sum(1).bincount() / draws - torch.tensor([0, 1, 1, 1]) / 3).abs().max() < 0.02
-    assert (holes.float().mean(0) - torch.tensor([0, 2, 2, 2]) / 3).abs().max() < 0.02
+    """In the first block, whose first token is known, and in a later one, whose last token does not exist."""
+    keys, draws = torch.ones(20_000, 12, dtype=torch.bool), 20_000
+    keys[:, 11] = False
+    for turn in ({}, {"k": 3, "draws": 4}):
+        holes, weight = drawn(keys, 4, **turn)
+        for block, places in ((holes[:, :4], [0, 1, 1, 1]), (holes[:, 8:], [1, 1, 1, 0])):
+            assert (block.sum(1).bincount() / draws - torch.tensor([0, 1, 1, 1]) / 3).abs().max() < 0.02
+            assert (block.float().mean(0) - 2 / 3 * torch.tensor(places)).abs().max() < 0.02
+        assert (holes[:, 4:8].sum(1).bincount() / draws - torch.tensor([0, 1, 1, 1, 1]) / 4).abs().max() < 0.02
+        maskable = torch.tensor([3.0, 4.0, 3.0]).repeat_interleave(4)
+        assert torch.equal(holes.view(-1, 3, 4).sum(-1).repeat_interleave(4, 1) * weight, maskable.expand_as(weight))
 
 
-def test_the_weighted_loss_has_the_gradient_of_its_formula():
-    rng = torch.Generator().manual_seed(0)
-    new = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
-    hidden, matrix, weight, ids = new(5, 3).requires_grad_(), new(7, 3).requires_grad_(), new(5).exp(), torch.arange(5)
-    teacher = gold_loss.Side(new(5, 4), gold_loss.Head(new(7, 4)))
-    side = gold_loss.Side(hidden, gold_loss.Head(matrix), ids)
-    logq, logp = (hidden @ matrix.T).log_softmax(-1), (teacher.hidden @ teacher.head.weight.T).log_softmax(-1)
-    for told, slow in ((None, -logq[ids, ids]), (teacher, (logp.exp() * (logp - logq)).sum(-1))):
-        fast = fork.weighted_loss(weight, side, told)
-        assert abs(fast.total - (slow * weight).sum()) < 1e-12
-        ours, theirs = (
-            torch.autograd.grad(x, (hidden, matrix), retain_graph=True) for x in (fast.total, slow @ weight)
+def test_draws_of_a_text_meet_every_number_of_holes_equally_often_and_do_not_depend_on_its_padding():
+    keys = torch.ones(50, 16, dtype=torch.bool)
+    counts = torch.stack([drawn(keys, 4, k=k, draws=8)[0][:, 4:].view(50, 3, 4).sum(-1) for k in range(8)])
+    assert torch.equal(counts.sort(0).values[:, 0, 0], torch.tensor([1, 1, 2, 2, 3, 3, 4, 4]))
+    assert (counts.sort(0).values == torch.tensor([1, 1, 2, 2, 3, 3, 4, 4])[:, None, None]).all()
+    longer = torch.nn.functional.pad(keys, (0, 8), value=False)
+    assert torch.equal(drawn(longer, 4, k=2, draws=8)[0][:, :16], drawn(keys, 4, k=2, draws=8)[0])
+
+
+class Teacher:
+    """Laws that depend on the place alone."""
+
+    def __init__(self, rows: int):
+        rng = torch.Generator().manual_seed(1)
+        self.states = torch.randn(rows, 4, generator=rng, dtype=torch.float64)
+        self.head = {"weight": torch.randn(V - 3, 4, generator=rng, dtype=torch.float64)}  # of fewer tokens
+
+    def hidden(self, ids, rows):
+        return self.states[rows]
+
+
+@pytest.mark.parametrize("soft", [None, "frontier", "all"])
+def test_the_loss_has_the_value_and_the_gradient_of_its_formula(soft):
+    """Weights x cross entropy, or x KL(teacher || student) over the tokens that both have."""
+    net, (ids, keys) = denoiser(4, model=tiny_llama(V, hidden=16).double()), texts(2, 16)
+    ids, net.dtype = ids.clamp_max(V - 4), torch.float64
+    teacher, (holes, weight) = Teacher(32) if soft else None, drawn(keys, 4)
+    (b, i), noisy = holes.nonzero(as_tuple=True), torch.where(holes, V - 1, ids)
+    z = net.hidden(noisy, ids, keys, b * 32 + i - 1 + 16 * (i % 4 == 0)) @ net.head.weight[: V - 1].T
+    slow = -z.log_softmax(-1)[torch.arange(len(i)), ids[holes]]
+    if soft:
+        logp, logq = (
+            (teacher.states[b * 16 + i - 1] @ teacher.head["weight"].T).log_softmax(-1),
+            z[:, : V - 3].log_softmax(-1),
         )
-        assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs))
+        last = [
+            not any((~holes)[row, k] for k in range(at + 1, at // 4 * 4 + 4)) for row, at in zip(b.tolist(), i.tolist())
+        ]
+        assert True in last and False in last
+        told = torch.tensor(last) | (soft == "all")
+        slow = torch.where(told, (logp.exp() * (logp - logq)).sum(-1), slow)
+    loss = net.loss(ids, keys, holes, weight, teacher, soft)
+    assert torch.equal(loss.rows, b * 16 + i) and (loss.values - slow * weight[holes]).abs().max() < 1e-12
+    assert abs(loss.total - loss.values.sum()) < 1e-12
+    inputs = list(net.model.parameters())
+    ours, theirs = (
+        torch.autograd.grad(x, inputs, retain_graph=True) for x in (loss.total, slow @ weight[holes].double())
+    )
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(ours, theirs))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -232,12 +276,19 @@ class Source:
 
 
 def test_frontier_holes_have_no_later_token_of_their_block_in_sight():
+    """Found by their values: a teacher that knows for certain what stands there loses a model that says it, nothing."""
     holes = torch.tensor([[0, 1, 0, 1, 1, 1, 1, 1, 1, 0, 1, 0]]).bool()
-    keys = torch.ones(1, 12, dtype=torch.bool)
-    found = fork.frontier(holes, keys, 4)
-    assert found.long().tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0]]
+    keys, (ids, _), net = torch.ones(1, 12, dtype=torch.bool), texts(1, 12), denoiser(4)
+    hard = net.loss(ids, keys, holes, torch.ones(1, 12)).values
+
+    def soft_places(keys):
+        before = net.loss(ids, keys, holes, torch.ones(1, 12))
+        after = net.loss(ids, keys, holes, torch.ones(1, 12), Source(), "frontier")
+        return [row for row, a, b in zip(before.rows.tolist(), before.values, after.values) if a != b]
+
+    assert len(hard) == 8 and soft_places(keys) == [3, 4, 5, 6, 7]
     keys[:, 11:] = False  # padding is nothing that one could see
-    assert fork.frontier(holes, keys, 4).long().tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 0]]
+    assert soft_places(keys) == [3, 4, 5, 6, 7, 10]
 
 
 def test_a_teacher_at_frontier_holes_has_the_expected_gradient_of_answers_and_at_all_holes_it_has_not():
@@ -251,16 +302,11 @@ def test_a_teacher_at_frontier_holes_has_the_expected_gradient_of_answers_and_at
     assert abs(chance.sum() - 1) < 1e-6
     largest = {"frontier": 0.0, "all": 0.0}
     for holes in [s for m in (1, 2, 3) for s in itertools.combinations((1, 2, 3), m)]:
-        draw = (
-            torch.full((1, 1), (len(holes) - 0.5) / 3),
-            torch.tensor([[0.1 + 0.8 * (i not in holes) for i in range(4)]]),
-        )
+        draw = torch.tensor([[i in holes for i in range(4)]]), torch.full((1, 4), 3 / len(holes))
         grads = {}
         for name in ("hard", *largest):
             teacher = None if name == "hard" else source
-            total = sum(
-                p * fork.diffusion_loss(net, row[None], keys[:1], draw, teacher, name) for p, row in zip(chance, ids)
-            )
+            total = sum(p * net.loss(row[None], keys[:1], *draw, teacher, name).total for p, row in zip(chance, ids))
             grads[name] = torch.autograd.grad(total, net.model.model.layers[0].mlp.up_proj.weight)[0]
         for name in largest:
             gap = (grads[name] - grads["hard"]).abs().max() / grads["hard"].abs().max()
@@ -274,18 +320,17 @@ def trained_gap(size: int, steps: int, soft: str | None = None) -> float:
     how = {"vocab_size": V, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "bos_token_id": None}
     model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, eos_token_id=None, **how))  # its laws begin flat
     source, net = Source(), denoiser(size, model=model)
-    keys, tokens = torch.ones(1, 16, dtype=torch.bool), 32 * 15
+    keys, tokens = torch.ones(32, 16, dtype=torch.bool), 32 * 15
     optimizer = torch.optim.AdamW(net.model.parameters(), lr=3e-3, weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 + math.cos(math.pi * step / steps)) / 2
-        x0, draw = source.sample(32, 16, step), drawn(32, 16, size, step)
-        (fork.diffusion_loss(net, x0, keys, draw, source if soft else None, soft) / tokens).backward()
+        x0, draw = source.sample(32, 16, step), drawn(keys, size, step)
+        (net.loss(x0, keys, *draw, source if soft else None, soft).total / tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
     new = source.sample(512, 16, 10_000)
-    engine = fork.BlockEngine(fork.Config(draws=16), net, SimpleNamespace(eos_token_id=0))
-    return -np.mean(engine.score(new.tolist())) - source.nats(new)
+    return -np.mean(net.score(new.tolist())) - source.nats(new)
 
 
 @pytest.mark.parametrize("size", [1, 4, 8, 16])
@@ -304,14 +349,10 @@ def test_frontier_laws_train_better_than_answers_and_laws_at_all_holes_worse():
 # the engine: bounds and answers
 
 
-def engine(net: fork.Denoiser, **settings) -> fork.BlockEngine:
-    return fork.BlockEngine(fork.Config(length=32, **settings), net, SimpleNamespace(eos_token_id=0))
-
-
 def test_scores_of_block_size_1_are_log_probabilities():
     net, (ids, _) = denoiser(1), texts(3, 20)
     law = net.model(input_ids=ids).logits[..., : V - 1].log_softmax(-1)
-    found = engine(net).score([ids[0].tolist(), ids[1, :7].tolist(), ids[2, :1].tolist()])
+    found = net.score([ids[0].tolist(), ids[1, :7].tolist(), ids[2, :1].tolist()])
     assert np.abs(found[0] - law[0, :-1].gather(1, ids[0, 1:, None])[:, 0].detach().numpy()).max() < 1e-5
     assert np.abs(found[1] - law[1, :6].gather(1, ids[1, 1:7, None])[:, 0].detach().numpy()).max() < 1e-5
     assert [len(x) for x in found] == [19, 6, 0] and found[0].dtype == np.float64
@@ -323,7 +364,9 @@ def test_scores_average_to_the_enumerated_bound_whatever_the_lengths_and_more_dr
     exact = np.array([enumerated(net, row) for row in rows])
     spread = {}
     for draws, seeds in ((1, 200), (8, 60)):
-        found = np.array([[-x.sum() for x in engine(net, draws=draws, seed=seed).score(rows)] for seed in range(seeds)])
+        found = np.array(
+            [[-x.sum() for x in with_settings(net, draws=draws, seed=seed).score(rows)] for seed in range(seeds)]
+        )
         assert (np.abs(found.mean(0) - exact) < 4 * found.std(0) / math.sqrt(seeds)).all()
         spread[draws] = found.std(0)
     assert (spread[8] < spread[1] / 2).all()
@@ -331,8 +374,8 @@ def test_scores_average_to_the_enumerated_bound_whatever_the_lengths_and_more_dr
 
 def test_a_score_depends_on_the_text_and_its_place_not_on_its_neighbours():
     net, (ids, _) = denoiser(4), texts(3, 19)
-    alone = engine(net).score([ids[0, :9].tolist()])[0]
-    together = engine(net).score([ids[0, :9].tolist(), ids[1].tolist(), ids[2, :3].tolist()])[0]
+    alone = net.score([ids[0, :9].tolist()])[0]
+    together = net.score([ids[0, :9].tolist(), ids[1].tolist(), ids[2, :3].tolist()])[0]
     assert np.abs(alone - together).max() < 1e-5
 
 
@@ -361,7 +404,7 @@ def test_cached_answers_in_a_batch_are_those_without_a_cache_one_by_one(size, sh
     net, (ids, _) = denoiser(size, shift), texts(12, 12)
     prompts = [ids[i, : i + 1].tolist() for i in range(12)]
     requests, sampling = [Request(p, 0) for p in prompts], Sampling(9, 0.0, end_ids=ENDS)
-    found = engine(net).generate(requests, sampling)
+    found = net.generate(requests, sampling)
     assert [r.completion_ids for r in found] == [slow_answer(net, p, 9, ENDS) for p in prompts]
     assert [r.finished for r in found] == [r.completion_ids[-1] in ENDS for r in found]
     assert {r.finished for r in found} == {True, False} and all(V - 1 not in r.completion_ids for r in found)
@@ -371,7 +414,7 @@ def test_answers_of_block_size_1_are_those_of_generate():
     net, (ids, _) = denoiser(1), texts(1, 6)
     with torch.no_grad():
         net.head.weight[V - 1] = -net.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
-    found = engine(net).generate([Request(ids[0].tolist(), 0)], Sampling(12, 0.0))[0].completion_ids
+    found = net.generate([Request(ids[0].tolist(), 0)], Sampling(12, 0.0))[0].completion_ids
     theirs = net.model.generate(ids, max_new_tokens=12, do_sample=False, suppress_tokens=[V - 1], pad_token_id=0)
     assert found == theirs[0, 6:].tolist()
 
@@ -379,31 +422,41 @@ def test_answers_of_block_size_1_are_those_of_generate():
 def test_random_answers_depend_on_the_seed_alone():
     net, (ids, _) = denoiser(4), texts(5, 9)
     requests = [Request(ids[i, : 9 - i].tolist(), 7 * i) for i in range(5)]
-    together = engine(net).generate(requests, Sampling(10, 1.0))
-    assert together == [engine(net).generate([r], Sampling(10, 1.0))[0] for r in requests]
-    other = engine(net).generate([replace(r, seed=r.seed + 1) for r in requests], Sampling(10, 1.0))
+    together = net.generate(requests, Sampling(10, 1.0))
+    assert together == [net.generate([r], Sampling(10, 1.0))[0] for r in requests]
+    other = net.generate([replace(r, seed=r.seed + 1) for r in requests], Sampling(10, 1.0))
     assert together != other
 
 
 def test_first_tokens_at_temperature_1_follow_the_law_of_their_holes():
     """Block size 4, one hole left in the block: its law is the model's."""
     net, (ids, _) = denoiser(4), texts(1, 3)
-    found = engine(net).generate([Request(ids[0].tolist(), seed) for seed in range(4000)], Sampling(1, 1.0))
+    found = net.generate([Request(ids[0].tolist(), seed) for seed in range(4000)], Sampling(1, 1.0))
     noisy = torch.cat([ids, torch.tensor([[V - 1]])], 1)
     law = plain_logits(net.model, noisy, 4)[0, 2, : V - 1].softmax(-1).detach()
     share = torch.tensor([r.completion_ids[0] for r in found]).bincount(minlength=V - 1) / 4000
     assert ((share - law).abs() < 4 * (law * (1 - law) / 4000).sqrt() + 1e-3).all()
 
 
+def test_a_nucleus_leaves_the_tokens_that_cross_it_and_no_others():
+    net, (ids, _) = denoiser(4, top_p=0.3), texts(1, 3)
+    found = net.generate([Request(ids[0].tolist(), seed) for seed in range(500)], Sampling(1, 1.0))
+    noisy = torch.cat([ids, torch.tensor([[V - 1]])], 1)
+    law = plain_logits(net.model, noisy, 4)[0, 2, : V - 1].softmax(-1).sort(descending=True)
+    nucleus = law.indices[: int((law.values.cumsum(0) < 0.3).sum()) + 1].tolist()
+    assert {r.completion_ids[0] for r in found} == set(nucleus) and len(nucleus) < V - 1
+
+
 def test_several_holes_per_pass_need_fewer_passes_and_an_answer_never_exceeds_its_room(monkeypatch):
     net, passes = denoiser(4), []
     forward = net.model.forward
     monkeypatch.setattr(net.model, "forward", lambda *args, **how: passes.append(1) or forward(*args, **how))
-    for per_step, wanted in ((1, 1 + 8 + 1), (2, 1 + 4 + 1), (4, 1 + 2 + 1)):
+    for per_step, wanted in ((1, 8), (2, 4), (4, 2)):
+        engine = with_settings(net, per_step=per_step)
         passes.clear()
-        found = engine(net, per_step=per_step).generate([Request([1, 2, 3, 4], 0)], Sampling(8, 0.0))
+        found = engine.generate([Request([1, 2, 3, 4], 0)], Sampling(8, 0.0))
         assert len(passes) == wanted and len(found[0].completion_ids) == 8
-    found = engine(net).generate([Request([1] * 30, 0), Request([1, 2], 0)], Sampling(8, 0.0))  # length 32
+    found = net.generate([Request([1] * 30, 0), Request([1, 2], 0)], Sampling(8, 0.0))  # length 32
     assert [len(r.completion_ids) for r in found] == [2, 8]
 
 
@@ -435,6 +488,11 @@ def state(out: Path, step: int) -> dict:
     return torch.load(out / "checkpoints" / f"step-{step:06d}" / "trainer.pt", weights_only=True)
 
 
+def average(out: Path, step: int) -> dict:
+    """The weights that are evaluated: the checkpoint as transformers reads it."""
+    return load_file(out / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
+
+
 def equal(a, b) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
@@ -451,23 +509,45 @@ def test_a_killed_run_goes_on_bit_for_bit_and_only_as_the_same_run(start, tmp_pa
         fork.train(replace(again, block_size=8), ALONE)
     fork.train(again, ALONE)
     whole, resumed = state(tmp_path / "whole", 4), state(tmp_path / "killed", 4)
-    assert all(equal(whole[part], resumed[part]) for part in ("step", "weights", "average", "optimizer"))
+    assert all(equal(whole[part], resumed[part]) for part in ("step", "weights", "optimizer"))
+    assert equal(*(average(tmp_path / name, 4) for name in ("whole", "killed")))
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
     assert lines[0] == lines[1] and len(lines[0].splitlines()) == 4
     with pytest.raises(ValueError, match="holds a run already"):
         fork.train(cfg, ALONE)
 
 
+def test_a_sigterm_ends_a_run_after_its_step_with_a_checkpoint(start, tmp_path, monkeypatch):
+    fork.train(config(start, tmp_path / "whole"), ALONE)
+    lr, cfg = gold_train.get_lr, config(start, tmp_path / "stopped", save_steps=0)
+    told = lambda cfg, done, steps: (done == 1 and signal.raise_signal(signal.SIGTERM), lr(cfg, done, steps))[1]
+    monkeypatch.setattr(gold_train, "get_lr", told)
+    with pytest.raises(SystemExit, match="143"):
+        fork.train(cfg, ALONE)
+    monkeypatch.undo()
+    assert state(tmp_path / "stopped", 2)["step"] == 2 and not (tmp_path / "stopped" / "results.json").exists()
+    fork.train(replace(cfg, resume=True), ALONE)
+    assert equal(state(tmp_path / "whole", 4)["weights"], state(tmp_path / "stopped", 4)["weights"])
+    assert equal(average(tmp_path / "whole", 4), average(tmp_path / "stopped", 4))
+    assert len((tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_gradient_that_is_not_finite_ends_a_run_before_it_reaches_the_weights(start, tmp_path):
+    with pytest.raises(ValueError, match="the gradient of step [2-4] is not finite: lower --learning-rate"):
+        fork.train(config(start, tmp_path, learning_rate=1e30, warmup_ratio=0.0), ALONE)
+
+
 def test_the_saved_model_has_the_averaged_weights_and_knows_its_blocks(start, tmp_path):
     fork.train(config(start, tmp_path, save_steps=3), ALONE)
-    before, after = state(tmp_path, 3), state(tmp_path, 4)
+    weights, before, after = state(tmp_path, 4)["weights"], average(tmp_path, 3), average(tmp_path, 4)
     decay = min(0.5, 5 / 14)
-    for name, mean in after["average"].items():
-        assert torch.allclose(mean, decay * before["average"][name] + (1 - decay) * after["weights"][name], atol=1e-7)
-    latest = tmp_path / "checkpoints" / "latest"
-    net, tokenizer = fork.open_denoiser(config(start, tmp_path), str(latest), ALONE)
-    assert equal({k: p.data for k, p in net.model.named_parameters()}, after["average"])
-    assert (net.size, net.shift) == (4, True) and not equal(after["weights"], after["average"])
+    for name, mean in after.items():
+        assert torch.allclose(mean, decay * before[name] + (1 - decay) * weights[name], atol=1e-7)
+        assert not torch.equal(mean, weights[name])
+    net = fork.open_denoiser(config(start, tmp_path), str(tmp_path / "checkpoints" / "latest"), ALONE)
+    assert equal({k: p.data for k, p in net.model.named_parameters()}, after)
+    tokenizer, stored = net.tokenizer, json.loads((tmp_path / "checkpoints" / "latest" / "config.json").read_text())
+    assert stored["bd3lm"] == {"block_size": 4, "shift": True}
     assert tokenizer.convert_ids_to_tokens(net.mask_id) == "<|mask|>" and net.mask_id == len(tokenizer) - 1
     prompt = tokenizer.decode(gold_data.encode_prompt(tokenizer, [{"role": "user", "content": "Why?"}]))
     assert prompt == f"{tokenizer.eos_token}Question: Why?\nAnswer:"
@@ -489,6 +569,22 @@ def test_ranks_and_micro_batches_make_no_difference(start, tmp_path):
     assert all(abs(a["actor/loss"] - b["actor/loss"]) < 1e-5 for a, b in zip(one, two, strict=True))
     one, two = state(tmp_path / "one", 4), state(tmp_path / "two", 4)
     assert all((p - two["weights"][name]).abs().max() < 5e-4 for name, p in one["weights"].items())
+
+
+@pytest.mark.slow
+def test_two_ranks_run_the_embedded_job_and_no_stage_begins_before_its_start_is_written(tmp_path):
+    flags = f"--max-steps 2 --per-device-train-batch-size 4 --eval-max-samples 2 --draws 1 --output-dir {tmp_path}/out"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "forks" / "gsm8k_bd3lm.py"), *flags.split()], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"| {tmp_path}/out/block-4 " in done.stdout
+    assert {len(gold_eval.read_jsonl(tmp_path / "out" / name / "metrics.jsonl")) for name in ("ar", "block-4")} == {
+        2,
+        4,
+    }
 
 
 def test_chunks_are_those_of_the_wrapped_perplexity_and_hold_no_question_of_the_tasks(start, tmp_path):
@@ -520,6 +616,7 @@ def test_a_teacher_of_the_same_tokenizer_trains_and_gold_eval_draws_the_run(star
     [
         ({"block_size": 5}, "length 32 is 6.40 blocks of 5"),
         ({"block_size": 0}, "block_size must be at least 1: got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1: got 0"),
         ({"ema": 1.0}, "ema 1.0"),
         ({"length": 256}, "has 256 positions, 256 and a block exceed them"),
         ({"tasks": ("gsm9k",)}, "there is no task 'gsm9k'"),
@@ -555,13 +652,17 @@ def test_a_teacher_with_another_tokenizer_is_refused(start, tmp_path, two_models
         fork.check(config(start, tmp_path, teacher_model=two_models[1]))
 
 
-def test_a_model_that_ignores_the_mask_is_refused(start, tmp_path, monkeypatch):
-    cfg = config(start, tmp_path)
-    fork.prepare(cfg, tmp_path / "init")
-    n = lambda n, size, keys: torch.ones(1, 1, 2 * n, 2 * n).tril().bool()
-    monkeypatch.setattr(fork, "block_mask", n)
-    with pytest.raises(ValueError, match="does not obey our mask"):
-        fork.open_denoiser(cfg, str(tmp_path / "init"), ALONE)
+def test_a_model_that_ignores_the_mask_or_the_positions_is_refused(monkeypatch):
+    model = tiny_llama(V, hidden=16)
+    forward = model.base_model.forward
+    monkeypatch.setattr(model.base_model, "forward", lambda position_ids=None, **how: forward(**how))
+    with pytest.raises(ValueError, match="does not obey our masks"):
+        denoiser(4, model=model)
+    monkeypatch.undo()
+    denoiser(4, model=model)
+    monkeypatch.setattr(fork, "block_mask", lambda n, size, keys: torch.ones(1, 1, 2 * n, 2 * n).tril().bool())
+    with pytest.raises(ValueError, match="does not obey our masks"):
+        denoiser(4, model=model)
 
 
 def test_the_embedded_job_prints_its_table_and_a_checkpoint_is_scored_with_its_own_blocks_only(
@@ -576,7 +677,7 @@ def test_the_embedded_job_prints_its_table_and_a_checkpoint_is_scored_with_its_o
     text = run(f"{few} --max-steps 3 --output-dir {out}")
     assert f"| {out}/ar " in text and f"| {out}/block-4 " in text and "upper bounds" in text
     checkpoint = (
-        f"--mode eval --student-model {out}/block-4/checkpoints/latest --length 128 --tasks ppl={out}/test.jsonl"
+        f"--mode eval --student-model {out}/block-4/checkpoints/latest --length 128 --tasks ppl={out}/test.json"
     )
     with pytest.raises(SystemExit, match="it cannot be evaluated with {'block_size': 8, 'shift': True}"):
         run(f"{checkpoint} --block-size 8")

@@ -410,6 +410,27 @@ def test_a_window_trains_on_the_teachers_answers_and_invents_no_end(tmp_path):
     buffer.close()
 
 
+def test_the_teacher_writes_for_the_windows_to_come_in_one_go_and_not_beyond_the_last(tmp_path):
+    asked = []
+
+    class Counted(FakeTeacher):
+        def generate(self, requests, sampling):
+            asked.append(len(requests))
+            return super().generate(requests, sampling)
+
+    answers = gold_buffer.TeacherAnswers(Counted(), VOCABULARY, Sampling(8), tmp_path / "all", 0, 0)
+    buffer = make_buffer(None, lmbda=0.0, answers=answers)
+    windows = [buffer.get(step) for step in range(buffer.last_step)]
+    buffer.close()
+    assert asked == [sum(len(w.samples) for w in windows)]  # no row comes twice in an epoch
+    alone = gold_buffer.TeacherAnswers(FakeTeacher(), VOCABULARY, Sampling(8), tmp_path / "one", 0, 0)
+    one_by_one = make_buffer(None, lmbda=0.0, answers=lambda wanted, soon: alone(wanted))
+    for step, window in enumerate(windows):
+        theirs = one_by_one.get(step).samples
+        assert [s.completion_ids for s in theirs] == [s.completion_ids for s in window.samples]
+    one_by_one.close()
+
+
 def test_completions_are_cut_at_their_length_without_an_end():
     encoder = gold_buffer.Encoder(VOCABULARY, None, 4, False, False)
     ids, finished = encoder.completion("one two three four five six")

@@ -382,7 +382,7 @@ def test_an_evaluation_may_have_longer_answers_than_training(models, data, tmp_p
 
 
 def test_the_self_distilling_fork_moves_the_student_towards_its_copy_that_reads_the_hint(tmp_path, monkeypatch):
-    """A few steps of every stage: the distance to the hinted copy shrinks, on prompts without a hint."""
+    """A few steps of every stage: the distance to who reads the hint shrinks, on prompts without one."""
     import self_distill
 
     out = str(tmp_path / "out")
@@ -391,10 +391,14 @@ def test_the_self_distilling_fork_moves_the_student_towards_its_copy_that_reads_
         monkeypatch.setattr(self_distill, name, value)
     monkeypatch.setattr("sys.argv", ["self_distill.py", "--output-dir", out, "--per-device-train-batch-size", "16"])
     shares = self_distill.main()
-    assert list(shares) == ["before", "after", "before, with the hint", "answers alone"]
-    losses = [row["actor/loss"] for row in metrics(tmp_path / "out" / "self")]
-    assert len(losses) == 10 and losses[0] > 0 and sum(losses[-3:]) < 0.7 * sum(losses[:3])
-    saved = json.loads((tmp_path / "out" / "self" / "config.json").read_text())
-    assert saved["teacher_model"] == saved["student_model"] and "{hint}" in saved["teacher_prompt_template"]
-    seen = gold_eval.read_jsonl(tmp_path / "out" / "self" / "samples.jsonl")
-    assert seen and all(s["on_policy"] and "Hint" not in s["prompt"] for s in seen)
+    lines = ["before", "after", "before, with the hint", "answers alone", "after the other", "other, with the hint"]
+    assert list(shares) == lines
+    for name in ("self", "taught"):
+        losses = [row["actor/loss"] for row in metrics(tmp_path / "out" / name)]
+        assert len(losses) == 10 and losses[0] > 0 and sum(losses[-3:]) < 0.7 * sum(losses[:3]), name
+        saved = json.loads((tmp_path / "out" / name / "config.json").read_text())
+        assert (saved["teacher_model"] == saved["student_model"]) == (name == "self")
+        assert "{hint}" in saved["teacher_prompt_template"]
+        assert ("align/coverage" in metrics(tmp_path / "out" / name)[0]) == (name == "taught"), "two tokenizers"
+        seen = gold_eval.read_jsonl(tmp_path / "out" / name / "samples.jsonl")
+        assert seen and all(s["on_policy"] and "Hint" not in s["prompt"] for s in seen)

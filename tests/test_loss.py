@@ -443,7 +443,7 @@ def queries_of(batch, student=STUDENT, teacher=TEACHER):
 
 
 def bins_of(student=STUDENT, teacher=TEACHER):
-    s, t, n = gold_data.shared_bins(LongestMatch(student), LongestMatch(teacher))
+    s, t, n = bins_loss.shared_bins(LongestMatch(student), LongestMatch(teacher))
     return torch.tensor(s), torch.tensor(t), n
 
 
