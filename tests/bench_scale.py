@@ -16,6 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "forks"))
+
 import torch
 from conftest import byte_level, tiny_llama
 from test_scale import ENVIRONMENT, LAUNCHER, held_bytes
