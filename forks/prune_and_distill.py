@@ -5,7 +5,9 @@
     python forks/prune_and_distill.py --teacher-model Qwen/Qwen2.5-7B-Instruct --max-steps 2000 --output-dir out/qwen \
         --per-device-train-batch-size 8 --gradient-accumulation-steps 8 --max-completion-length 512 --max-length 1024
 
-EXPECTED
+Expected, bits per byte of 48 paragraphs of Python's documentation: the whole model 1.095 ± 0.017; 19 of its 30 layers
+2.870 ± 0.048; after 60 steps of 8 completions 1.753 ± 0.029, 63 % of the loss back. Seed 0, 14 CPU minutes (14 s a step)
+of one of 2 shared cores, 2026-11-26; the loss was still falling. The second command was not run here.
 
 Layers are chosen as by Gromov et al. (arXiv 2403.17887): those between which hidden states turn least go. The student
 answers half of the prompts itself, the teacher the others (--seq-kd). What to copy: a student made from a teacher.

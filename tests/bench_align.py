@@ -31,7 +31,7 @@ def module_at(revision: str) -> ModuleType:
     """gold_data as it was."""
     text = subprocess.run(["git", "show", f"{revision}:gold_data.py"], cwd=ROOT, capture_output=True, check=True).stdout
     with tempfile.TemporaryDirectory() as folder:
-        (path := Path(folder) / "gold_data_before.py").write_bytes(text)
+        (path := Path(folder) / "before.py").write_bytes(text)
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

