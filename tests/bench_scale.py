@@ -77,7 +77,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for ranks in (1, 2, 4):
         launch = [*LAUNCHER, "--standalone", "--nproc-per-node", str(ranks), __file__, str(folder)]
-        subprocess.run(launch, env=os.environ | ENVIRONMENT, check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(launch, env=os.environ | ENVIRONMENT, check=True, capture_output=True)
         files = sorted(folder.glob(f"{ranks}.rank-*.json"))
         for over in ("none", "all") if ranks > 1 else ("none",):
             rows = [row for path in files for row in json.loads(path.read_text())[over]]
