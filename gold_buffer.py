@@ -38,13 +38,57 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import gold_data
 from gold_data import Row, Sample, Vocabulary, need
 
 DEADLINE = 1800.0  # seconds for one window, or one answer of a teacher's process
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# weights that are split over ranks
+
+
+def whole(state, device: str | None = None):
+    """`state`, a tensor or containers of them, with all that is split over ranks in one piece. Every rank takes part.
+
+    device: where to; None: they stay; "meta": nobody needs them here. What is one tensor (tied weights) remains one.
+    """
+    once = functools.cache(lambda x: x.detach().full_tensor().to(device=device))
+    return tree_map_only(DTensor, once, state)
+
+
+def whole_weights(model: torch.nn.Module, wanted: bool) -> dict[str, Tensor]:
+    """The state dict of a model in one piece, on the CPU if it was split; without content where it is not `wanted`."""
+    found = whole(model.state_dict(keep_vars=True), "cpu" if wanted else "meta")  # not copies: tied weights are one
+    return {name: x.detach() for name, x in found.items()}
+
+
+def split_like(optimizer, state: dict) -> dict:
+    """An optimizer's state dict of whole tensors, split as its parameters are, without communication."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(params[0], DTensor):
+        return state
+    part = lambda p, x: distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if x.dim() else x
+    return state | {"state": {i: {k: part(params[i], x) for k, x in s.items()} for i, s in state["state"].items()}}
+
+
+@contextlib.contextmanager
+def gathered(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, each rank has all weights of a sharded model, in compute precision: its passes need no other rank."""
+    blocks = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for block in blocks:
+        block.unshard()
+        block.set_reshard_after_forward(False, recurse=False)
+    yield
+    for block in blocks:
+        block.set_reshard_after_forward(block is not model, recurse=False)
+        block.reshard()  # what stays whole would be stale after the optimizer's step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -122,7 +166,8 @@ class HFSampler:
         self.model, self.device = model, next(model.parameters()).device
         on = self.device.type == "cuda" and dtype == torch.bfloat16
         self.autocast = torch.autocast("cuda", torch.bfloat16) if on else contextlib.nullcontext()
-        self.exact = not on and model.dtype != torch.bfloat16
+        used = dtype if isinstance(model, FSDPModule) else model.dtype  # of its passes, without autocast
+        self.exact = not on and used != torch.bfloat16
         self._check_cache()
 
     def _check_cache(self) -> None:
@@ -150,7 +195,11 @@ class HFSampler:
         training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), self.autocast:  # one context for all steps: it keeps the weights it has cast
+            with (
+                torch.no_grad(),
+                gathered(self.model),
+                self.autocast,
+            ):  # one context for all steps: it keeps the weights it has cast
                 yield
         finally:
             self.model.train(training)
@@ -303,7 +352,7 @@ class VLLMSampler:
         with self._engine():
             if self.asleep:
                 self.llm.wake_up(["weights"])
-            stream = iter([(k, v.detach()) for k, v in weights.items()])
+            stream = ((k, whole(v.detach())) for k, v in weights.items())  # one at a time
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
             if self.asleep:
                 self.llm.wake_up(["kv_cache"])
@@ -619,7 +668,8 @@ class WindowBuffer:
                     requests.append((samples[-1], Request(prompt, seed)))
                 else:
                     answers.append((samples[-1], epoch, text))
-        if requests or (self.sampler and self.sampler.collective):
+        split = weights is not None and any(isinstance(x, DTensor) for x in weights.values())  # gathered by all ranks
+        if requests or split or (self.sampler and self.sampler.collective):
             self.sampler.load_weights(weights, version)
             seconds["sync"] = time.perf_counter() - start
             rollouts = self.sampler.generate([r for _, r in requests], self.sampling)
@@ -819,7 +869,7 @@ class SharedTeacher:
             self.process = spawn.Process(target=_serve_teacher, args=args, daemon=True)
             self.process.start()
         if dist.is_initialized():  # of all addresses, the one that was made on this node
-            found, node = [None] * dist.get_world_size(), os.environ.get("GROUP_RANK")
+            found, node = [None] * dist.get_world_size(), (socket.gethostname(), os.environ.get("GROUP_RANK"))
             dist.all_gather_object(found, (node, here))
             here = next(address for n, address in found if n == node and address is not None)
         until, self.connection = time.monotonic() + self.timeout, None

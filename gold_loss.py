@@ -201,13 +201,13 @@ def _project(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
 
 
 class _HeadGradients:
-    """Gradients of hidden, weight and bias, collected chunk by chunk in the precision of each parameter."""
+    """Gradients of hidden, weight and bias, collected chunk by chunk, the last two in float32 at least."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, head: Head, wanted: tuple[bool, bool, bool]):
         self.head, self.compute_weight = head, weight
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        self.weight = torch.zeros_like(head.weight) if wanted[1] else None
-        self.bias = torch.zeros_like(head.bias) if wanted[2] else None
+        self.weight = torch.zeros_like(head.weight, dtype=_wide(weight[:0]).dtype) if wanted[1] else None
+        self.bias = torch.zeros_like(head.bias, dtype=_wide(weight[:0]).dtype) if wanted[2] else None
 
     def slope(self, z: Tensor) -> Tensor | float:
         """d z / d (h W + b), to be taken before anything overwrites z; 0 for masked ids."""

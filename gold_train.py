@@ -1,7 +1,7 @@
 r"""GOLD, General Online Logit Distillation: a teacher LM trains a student LM on the student's own samples.
 
     python gold_train.py                                  the embedded job: no model, no data, no GPU needed; minutes
-    torchrun --nproc-per-node 8 gold_train.py --student-model Qwen/Qwen2.5-0.5B-Instruct \
+    python gold_train.py --nproc 8 --student-model Qwen/Qwen2.5-0.5B-Instruct \
         --teacher-model meta-llama/Llama-3.1-8B-Instruct --dataset HuggingFaceTB/Countdown-Task-GOLD \
         --subset verified_Qwen2.5-7B-Instruct --lmbda 0.5
     python gold_train.py --resume --output-dir out/gold   go on where a run stopped, as it was started
@@ -47,6 +47,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -63,13 +65,14 @@ class Config:
     # ---- models
     student_model: str | None = None  # directory, Hub id or ID@REVISION; none: the embedded job
     teacher_model: str | None = None  # likewise; none: fine-tuning on answers (lmbda 0, ce_weight 1)
-    teacher_device: str | None = None  # like cuda:7, shared by the ranks of a node; none: a copy beside each student
+    teacher_device: str | None = None  # cuda:7 for all ranks of a node; shard: split over them; none: a copy on each
     teacher_url: str | None = None  # vLLM server that scores, like http://host:8000; none: the teacher is loaded here
     teacher_key: str | None = None  # environment variable that holds the key of teacher_url; none: it has no key
     teacher_top_k: int = 32  # tokens per position that a served teacher tells
     template_options: str | None = None  # of chat templates, JSON: '{"student": {"enable_thinking": false}}'
     teacher_prompt_template: str | None = None  # text or file, with {prompt} and columns: what only the teacher reads
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of forward passes; auto: bf16 on GPU. Weights are always fp32
+    shard: Literal["none", "node", "all"] = "none"  # over whose ranks student and optimizer are split (FSDP2)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the student's layers
     # ---- data
@@ -79,11 +82,10 @@ class Config:
     eval_ratio: float = 0.0  # share of the rows held out, for eval/heldout_loss; 0: none
     max_length: int = 1024  # prompt + completion in student tokens; rows with longer prompts are dropped and counted
     max_completion_length: int = 512  # sampled or written completion in student tokens
-    # ---- window: generation_batch_size x num_generations = batch size x accumulation steps
+    # ---- window: batch size x accumulation steps = prompts x num_generations
     per_device_train_batch_size: int = 4  # completions per micro-batch and rank: decides speed and memory only
     gradient_accumulation_steps: int = 8  # micro-batches per optimizer step
     num_generations: int = 1  # completions per on-policy prompt
-    generation_batch_size: int | None = None  # prompts per window and rank; none: derived
     num_train_epochs: float = 1.0  # passes over the data set
     max_steps: int | None = None  # optimizer steps; none: as many as the epochs need
     # ---- generation
@@ -205,8 +207,8 @@ def longest_wait(cfg: Config) -> float:
     return max(gold_buffer.DEADLINE, cfg.eval_timeout * (cfg.eval_policy == "wait")) + 600.0
 
 
-def setup_ranks(wait: float = 3600.0) -> Ranks:
-    """The process group of torchrun, if there is one, which waits so many seconds, and this rank's device."""
+def setup_ranks() -> Ranks:
+    """The process group of torchrun, if there is one, and this rank's device."""
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -217,7 +219,7 @@ def setup_ranks(wait: float = 3600.0) -> Ranks:
     if "WORLD_SIZE" in os.environ:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: ranks end with their launcher
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=wait))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     rank, local_world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return Ranks(rank, local_rank, world_size, local_world_size, device)
 
@@ -237,6 +239,18 @@ def gather(value) -> list:
     return values
 
 
+def told(read: Callable):
+    """What read() returns or raises on rank 0, on every rank: none goes by its own disk, none is left alone."""
+    try:
+        answer = (read(), None) if not dist.is_initialized() or dist.get_rank() == 0 else None
+    except (ValueError, OSError, SystemExit) as e:
+        answer = None, e
+    value, error = gather(answer)[0]
+    if error is not None:
+        raise error
+    return value
+
+
 def wait_for_all() -> None:
     if dist.is_initialized():
         dist.barrier()
@@ -253,12 +267,11 @@ def in_turn(ranks: Ranks, load: Callable):
 
 def slots_per_window(cfg: Config) -> int:
     """Prompts per window and rank."""
-    completions = cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps
-    return cfg.generation_batch_size or completions // cfg.num_generations
+    return cfg.per_device_train_batch_size * cfg.gradient_accumulation_steps // cfg.num_generations
 
 
 IN_RANGE = """
-1 1e18 per_device_train_batch_size gradient_accumulation_steps num_generations generation_batch_size max_steps
+1 1e18 per_device_train_batch_size gradient_accumulation_steps num_generations max_steps
 1 1e18 max_completion_length teacher_top_k vllm_tensor_parallel_size save_total_limit eval_max_samples
 1 1e18 eval_max_new_tokens
 0 1e18 temperature top_k ce_weight learning_rate weight_decay eval_steps early_stop save_steps save_minutes seed
@@ -274,14 +287,21 @@ def check(cfg: Config, ranks: Ranks) -> None:
         for name, value in ((name, getattr(cfg, name)) for name in names):
             fits = value is None or float(least) <= value <= float(most)
             need(fits, f"{name} must be in [{least}, {most}]: got {value}")
-    c, slots, batch, group = cfg, slots_per_window(cfg), cfg.per_device_train_batch_size, cfg.vllm_tensor_parallel_size
-    made, used, served = slots * c.num_generations, batch * c.gradient_accumulation_steps, c.teacher_url is not None
+    c, tasks, served = cfg, gold_eval.parse_tasks(cfg.eval_tasks), cfg.teacher_url is not None
+    paths = [c.student_model, c.teacher_model, c.dataset, c.teacher_prompt_template, *(t.dataset for t in tasks)]
+    paths += [f"{c.output_dir}/config.json"] if c.resume else []
+    for path, *seen in zip(paths, *gather([os.path.exists(path or "") for path in paths])):
+        need(
+            len(set(seen)) == 1, f"{path} is there for {sum(seen)} of {len(seen)} ranks: machines need a shared folder"
+        )
+    batch, group = c.per_device_train_batch_size, c.vllm_tensor_parallel_size
+    used, split = batch * c.gradient_accumulation_steps, c.shard != "none" or c.teacher_device == "shard"
     template_options(c.template_options)
     gold_data.read_template(c.teacher_prompt_template)
     if served:
         gold_buffer.served_url(c.teacher_url)
     engine = gold_buffer.choose_sampler(c.sampler)[0] if c.lmbda > 0 else ""
-    numbers = gold_eval.metrics(gold_eval.parse_tasks(c.eval_tasks))
+    numbers = gold_eval.metrics(tasks)
     best = {None, *numbers, *(name.rpartition("/")[0] for name in numbers if name.endswith(gold_eval.MAIN))}
     loss, losses = c.cross_tokenizer_loss, ("none", *CROSS_LOSSES)
     answers, evaluated = c.lmbda == 0 and c.ce_weight > 0 and not c.seq_kd, c.eval_tasks or c.eval_ratio
@@ -289,8 +309,8 @@ def check(cfg: Config, ranks: Ranks) -> None:
     known = not c.teacher_key or served and key and key.isascii() and key.isprintable()
     ours = gpus(c, "teacher_device") & {*range(ranks.local_world_size)} if ranks.local_world_size > 1 else set()
     rules = {
-        f"the window does not divide: generation_batch_size {slots} x num_generations {c.num_generations} = {made} but "
-        f"per_device_train_batch_size {batch} x gradient_accumulation_steps = {used}": made == used,
+        f"the window does not divide: per_device_train_batch_size {batch} x gradient_accumulation_steps = {used} "
+        f"completions, num_generations {c.num_generations} of each prompt": used % c.num_generations == 0,
         f"max_completion_length {c.max_completion_length} leaves no room for a prompt in max_length "
         f"{c.max_length}": c.max_completion_length < c.max_length,
         "--teacher-url needs --teacher-model, whose tokenizer is read, and no --teacher-device": not served
@@ -302,6 +322,11 @@ def check(cfg: Config, ranks: Ranks) -> None:
         f"cross_tokenizer_loss must be one of {', '.join(losses)}: got {loss}": loss in losses,
         "teacher_key is the name of an environment variable that holds a key, and needs --teacher-url": known,
         f"teacher_device {c.teacher_device} is also a rank's: start fewer ranks, or name another GPU": not ours,
+        "--shard and --teacher-device shard need several ranks, like --nproc 8": not split or dist.is_initialized(),
+        "splitting over nodes needs as many ranks on each": not split or len(set(gather(ranks.local_world_size))) == 1,
+        "lag beside --shard would gather weights in two threads at once: --lag 0": c.lag == 0 or c.shard == "none",
+        "--compile does not work with --shard": not c.compile or c.shard == "none",
+        "a teacher that is split cannot write: no --seq-kd": not c.seq_kd or c.teacher_device != "shard",
         "lag beside tensor parallelism would run two NCCL communicators at once: --lag 0": c.lag == 0 or group == 1,
         "ce_weight and seq_kd are for off-policy completions, and lmbda 1 has none: lower --lmbda": c.lmbda < 1
         or not c.ce_weight
@@ -338,6 +363,7 @@ def gpus(cfg: Config, *names: str) -> set[int]:
     for name, text in ((name, getattr(cfg, name) or "cpu") for name in names):
         match = re.fullmatch("cuda(?::([0-9]+))?", text)
         here = match and int(match[1] or 0) < torch.cuda.device_count()
+        here = here or (name, text) == ("teacher_device", "shard")
         need(here or text == "cpu", f"{name}: there is no device {text!r} here")
         found |= {int(match[1] or 0)} if match else set()
     return found
@@ -362,6 +388,30 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the loss of one micro-batch
+
+
+def mesh(cfg: Config, ranks: Ranks, over: str) -> DeviceMesh | None:
+    """(copies, ranks that share one): those of a "node", or "all"; for "none" there is no mesh."""
+    if over == "none":
+        return None
+    size = ranks.world_size if over == "all" else ranks.local_world_size
+    found = init_device_mesh(ranks.device.type, (ranks.world_size // size, size), mesh_dim_names=("copies", "parts"))
+    for group in found.get_all_groups():
+        group.set_timeout(timedelta(seconds=longest_wait(cfg)))
+    return found
+
+
+def shard(model, over: DeviceMesh, dtype: torch.dtype) -> None:
+    """Split weights over ranks (FSDP2); passes are computed in `dtype`.
+
+    A layer is whole while it runs. What is in no layer (embedding, norm, head) is whole from the first pass to the end
+    of the backward pass: a loss reads the head's weight there. (weight.full_tensor() has no gradient of other ranks.)
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in reversed([m for m in model.modules() if m is model or isinstance(m, GradientCheckpointingLayer)]):
+        fully_shard(module, mesh=over, mp_policy=policy)
 
 
 class Student(torch.nn.Module):
@@ -461,11 +511,16 @@ class Parts(NamedTuple):
     """What a loss is computed with; teacher, its head and pairing are None when there are only answers to learn."""
 
     model: torch.nn.Module  # Student, in DDP under torchrun
-    head: Head
+    read_head: Callable[[], Head]
     autocast: object
     pairing: Pairing | None
     teacher: object | None  # one of gold_buffer's
     teacher_head: Head | None
+
+    @property
+    def head(self) -> Head:
+        """To be read anew after each forward pass: see shard."""
+        return self.read_head()
 
 
 def distill(cfg: Config, parts: Parts, student: Side, batch: Batch, stats) -> tuple[Loss, Tensor]:
@@ -591,10 +646,10 @@ def discard(folder: Path) -> None:
         folder.unlink()
 
 
-def save_model(folder: Path, model, tokenizer, dtype: torch.dtype = torch.float32) -> None:
-    """A directory that transformers and vLLM load as it is, with weights of this dtype."""
+def save_model(folder: Path, model, tokenizer, dtype: torch.dtype = torch.float32, weights=None) -> None:
+    """A directory that transformers and vLLM load as it is, with weights of this dtype (none: the model's own)."""
     folder.mkdir(parents=True)
-    weights, copies = model.state_dict(), {}
+    weights, copies = dict(weights or model.state_dict()), {}
     for name, x in weights.items():  # one key for a tied head and its embedding: they stay tied
         kind = dtype if x.is_floating_point() else x.dtype
         weights[name] = copies.setdefault((x.data_ptr(), x.shape), x.to("cpu", kind))
@@ -606,12 +661,12 @@ def save_model(folder: Path, model, tokenizer, dtype: torch.dtype = torch.float3
         path.chmod(0o666 & ~mask)  # libraries write some through temporary files, which only their owner may read
 
 
-def save_checkpoint(folder: Path, state: dict, model, tokenizer, keep: int) -> None:
+def save_checkpoint(folder: Path, state: dict, model, tokenizer, keep: int, weights=None) -> None:
     """Write step-N so that a kill at any instant leaves the previous checkpoint or this one, never half of one."""
     final, link, latest = folder / f"step-{state['step']:06d}", folder / ".latest", folder / "latest"
     temporary = folder / f".{final.name}"
     discard(temporary)
-    save_model(temporary, model, tokenizer)
+    save_model(temporary, model, tokenizer, weights=weights)
     torch.save(state, temporary / "trainer.pt")
     files = [path for path in temporary.rglob("*") if path.is_file()]
     sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
@@ -758,19 +813,32 @@ def say_example(cfg: Config, rows: Rows, encoder: gold_buffer.Encoder, pairing, 
         say(gold_data.say_coverage(gold_data.coverage(student, teacher, few, pairing.loss == "prefix"), *names))
 
 
-def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
-    """(causal LM with fp32 weights, its head, what DDP wraps it into)"""
+def load_student(cfg: Config, ranks: Ranks, checkpoint: Path | None, over: DeviceMesh | None):
+    """(causal LM with fp32 weights, what reads its head, what makes its hidden states)"""
     source = (str(checkpoint), None) if checkpoint else gold_data.hub_name(cfg.student_model)
-    student = in_turn(ranks, functools.partial(gold_buffer.load_model, *source, torch.float32, ranks.device)).train()
+    student = gold_buffer.load_model(*source, torch.float32, "cpu" if over else ranks.device).train()
     backbone, head = gold_buffer.split_head(student)
     if cfg.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     dtype = compute_dtype(cfg, ranks.device)
     model = Student(student, torch.compile(backbone) if cfg.compile else backbone, dtype)
-    if dist.is_initialized():
+    if over:
+        shard(student, over, dtype)
+        student.hidden_states = model.forward  # of the backbone alone, but with what `shard` does around its root
+        register_fsdp_forward_method(student, "hidden_states")
+        model.forward = student.hidden_states
+    output, own = student.get_output_embeddings(), [k for k in ("weight", "bias") if head.pop(k) is not None]
+    return student, lambda: Head(**head, **{k: getattr(output, k) for k in own}), model
+
+
+def open_student(cfg: Config, ranks: Ranks, checkpoint: Path | None):
+    """As load_student, on all ranks."""
+    over = mesh(cfg, ranks, cfg.shard)
+    student, read_head, model = in_turn(ranks, functools.partial(load_student, cfg, ranks, checkpoint, over))
+    if dist.is_initialized() and not over:
         devices = [ranks.local_rank] if ranks.device.type == "cuda" else None
         model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)  # they stay there: see zero_grad
-    return student, Head(**head), model
+    return student, read_head, model
 
 
 def open_teacher(cfg: Config, ranks: Ranks, vocabulary: Vocabulary, say):
@@ -783,11 +851,16 @@ def open_teacher(cfg: Config, ranks: Ranks, vocabulary: Vocabulary, say):
         say(f"teacher: {teacher.url}, two scores of one text differ by {teacher.nondeterminism:.2e}")
         return teacher, None
     where, dtype = cfg.teacher_device or str(ranks.device), compute_dtype(cfg, ranks.device)
+    split = where == "shard"
+    where = "cpu" if split else where  # of which ranks share the pages, if it is stored in this dtype
     load = functools.partial(gold_buffer.load_model, *gold_data.hub_name(cfg.teacher_model), dtype, where)
-    if cfg.teacher_device is not None and ranks.local_world_size > 1:
+    if cfg.teacher_device is not None and ranks.local_world_size > 1 and not split:
         teacher = gold_buffer.SharedTeacher(load, ranks.local_rank, ranks.local_world_size)
     else:
         teacher = gold_buffer.LocalTeacher(in_turn(ranks, load))
+    if split:
+        shard(teacher.backbone, mesh(cfg, ranks, "node"), dtype)
+        teacher.device = ranks.device
     parts = {k: v.to(ranks.device) if isinstance(v, Tensor) else v for k, v in teacher.head.items()}
     return teacher, Head(**parts)
 
@@ -854,7 +927,7 @@ def restore(run: Run, identity: dict, checkpoint: Path, ranks: Ranks, say) -> No
     need(not other, f"--resume, but this would be another run: {other}")
     as_many = len(windows) == ranks.world_size or not any(windows)
     need(as_many, f"--lag {identity['lag']} was started on {len(windows)} ranks: resume it on as many")
-    run.optimizer.load_state_dict(saved["optimizer"])
+    run.optimizer.load_state_dict(gold_buffer.split_like(run.optimizer, saved["optimizer"]))
     if any(windows):
         run.buffer.load_state(windows[ranks.rank])
     run.step, run.num_tokens = saved["step"], saved["num_tokens"]
@@ -867,7 +940,7 @@ def restore(run: Run, identity: dict, checkpoint: Path, ranks: Ranks, say) -> No
 def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Everything before the first step. Most mistakes show before any weights are read, each as a ValueError."""
     device, out, dtype = ranks.device, Path(cfg.output_dir), compute_dtype(cfg, ranks.device)
-    checkpoint = newest_checkpoint(out / "checkpoints", say) if cfg.resume else None
+    checkpoint = told(lambda: newest_checkpoint(out / "checkpoints", say)) if cfg.resume else None
     day = gather(str(date.today()))[0]  # that chat templates write: the day on which the run began
     if checkpoint:
         day = torch.load(checkpoint / "trainer.pt", weights_only=True, mmap=True)["run"]["day"]
@@ -895,15 +968,18 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         f"loss: {loss}, beta {cfg.beta} (0 = KL(teacher||student), 1 = KL(student||teacher)), scale {cfg.jsd_scale}; "
         f"lmbda {cfg.lmbda}; {max_steps} steps of {slots * cfg.num_generations * ranks.world_size} completions"
     )
-    student, head, model = open_student(cfg, ranks, checkpoint)
+    student, read_head, model = open_student(cfg, ranks, checkpoint)
     optimizer = open_optimizer(cfg, student)
     teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
-    parts = Parts(model, head, autocast, pairing, teacher, teacher_head)
+    parts = Parts(model, read_head, autocast, pairing, teacher, teacher_head)
     sampler, ends = open_sampler(cfg, student, device, say), tuple(vocabulary.ends)
     sampling = gold_buffer.Sampling(length, cfg.temperature, cfg.top_p, cfg.top_k, end_ids=ends)
-    kept = map(encoder.prompts, held[: cfg.eval_max_samples][ranks.rank :: ranks.world_size])  # by all ranks together
-    held = [encoder.align(Sample(ours, *encoder.completion(a), False, theirs)) for ours, theirs, a in kept]
+    held, mine = held[: cfg.eval_max_samples], []  # as many on each rank, as split models step together
+    for i in range(ranks.rank, len(held) + -len(held) % ranks.world_size, ranks.world_size):
+        ours, theirs, text = encoder.prompts(held[i % len(held)])
+        written = encoder.completion(text) if i < len(held) else ([], False)
+        mine.append(encoder.align(Sample(ours, *written, False, theirs)))
     answers = None
     if cfg.seq_kd:
         how = gold_buffer.Sampling(length, cfg.temperature, end_ids=teacher_vocabulary.ends)
@@ -914,11 +990,12 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     )
     derived = {"loss": loss, "window": slots * ranks.world_size, "steps": max_steps, "rows_hash": rows.hash, "day": day}
     identity = asdict(cfg) | derived
-    run = Run(parts, student, copy.deepcopy(vocabulary.tokenizer), optimizer, buffer, held, identity, max_steps)
+    run = Run(parts, student, copy.deepcopy(vocabulary.tokenizer), optimizer, buffer, mine, identity, max_steps)
     if checkpoint:
         restore(run, identity, checkpoint, ranks, say)
+    weights = gold_buffer.whole_weights(student, ranks.rank == 0) if cfg.eval_tasks else None
     if ranks.rank == 0:
-        run.records = Records(cfg, ranks, max_steps, run.step, student, run.tokenizer, say)
+        run.records = Records(cfg, ranks, max_steps, run.step, student, run.tokenizer, say, weights)
     return run
 
 
@@ -953,7 +1030,7 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             check(cfg, ranks)
             text = gold_data.read_template(cfg.teacher_prompt_template)  # recorded, whatever becomes of a file
             cfg = replace(cfg, teacher_prompt_template=text)
-            stack.enter_context(run_folder(cfg, ranks))
+            told(lambda: stack.enter_context(run_folder(cfg, ranks)))
             run = setup(cfg, ranks, say)
         seen, parts, records = stack.enter_context(signals()), run.parts, run.records
         finished, stop, taught = run.step >= run.max_steps, 0.0, parts.teacher is not None
@@ -975,19 +1052,22 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             for micro_step in range(steps):
                 part = samples[micro_step * size : (micro_step + 1) * size]
                 batch = gold_data.collate(part, with_teacher=taught).to(ranks.device)
-                # gradients are averaged over ranks with the last micro-batch only
+                # gradients are averaged over ranks with the last micro-batch only; split ones in a node with each
                 parts.model.require_backward_grad_sync = micro_step == steps - 1
+                if cfg.shard == "node":
+                    run.student.set_requires_all_reduce(micro_step == steps - 1)
                 # 3) teacher: the same text in its own tokens, after its own prompt; only hidden states come back
                 # 4) loss: a sum over one divisor for the whole window, so micro-batches and ranks do not matter
                 loss = micro_batch_loss(cfg, parts, batch, counts, stats)
-                (loss * ranks.world_size).backward()  # DDP takes the mean over ranks
+                (loss * ranks.world_size).backward()  # DDP and FSDP take the mean over ranks
 
             # 5) step
             grad_norm = torch.nn.utils.clip_grad_norm_(run.student.parameters(), cfg.max_grad_norm)
+            grad_norm = gold_buffer.whole(grad_norm)
             if used := may_step(cfg, run, grad_norm, stats):
                 run.optimizer.step()
             stats.add("actor/skipped", float(not used))
-            run.optimizer.zero_grad(set_to_none=not dist.is_initialized())  # DDP's stay in its buckets
+            run.optimizer.zero_grad(not isinstance(parts.model, DistributedDataParallel))  # its buckets keep them
             run.step += 1
 
             # 6) log; what one rank knows of the time or a signal is told to all with the same sums
@@ -1001,12 +1081,13 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             due = every(cfg.eval_steps, run.step) or finished and stop < 2
             if cfg.eval_ratio and due:
                 row["eval/heldout_loss"] = heldout_loss(cfg, parts, run.held, ranks)
+            weights = gold_buffer.whole_weights(run.student, bool(records)) if due and cfg.eval_tasks else None
             if records:
                 records.log(row, window)
 
                 # 7) evaluate: the child gets a copy of these weights; results arrive in a later poll
                 if due:
-                    records.evaluate(run.step, final=finished)
+                    records.evaluate(run.step, finished, weights)
                 records.poll()
 
             # 8) checkpoint: step, weights, optimizer and the windows made ahead are all the state there is
@@ -1027,8 +1108,8 @@ def heldout_loss(cfg: Config, parts: Parts, samples: list[Sample], ranks: Ranks)
     """Mean loss per token of these samples and those of the other ranks; without a teacher, cross entropy."""
     scored, size, total = parts.teacher is not None, cfg.per_device_train_batch_size, 0.0
     cfg = replace(cfg, ce_weight=float(not scored))
-    if dist.is_initialized():
-        parts = parts._replace(model=parts.model.module)  # DDP's forward is a collective
+    if isinstance(parts.model, DistributedDataParallel):
+        parts = parts._replace(model=parts.model.module)  # its forward is a collective
     for i in range(0, len(samples), size):
         batch = gold_data.collate(samples[i : i + size], with_teacher=scored).to(ranks.device)
         with torch.no_grad():
@@ -1039,7 +1120,8 @@ def heldout_loss(cfg: Config, parts: Parts, samples: list[Sample], ranks: Ranks)
 
 
 def finite(model: torch.nn.Module) -> bool:
-    return all(p.isfinite().all() for p in model.parameters())
+    """Whether all weights are; on every rank the same: the truth of a tensor that is split is that of its own part."""
+    return all(gold_buffer.whole(p.isfinite().all()) for p in model.parameters())
 
 
 def may_step(cfg: Config, run: Run, grad_norm: Tensor, stats: Stats) -> bool:
@@ -1063,12 +1145,12 @@ def checkpoint(cfg: Config, run: Run) -> None:
     """Write the state of a run. Raises FloatingPointError instead of writing weights that are not finite."""
     if not finite(run.student):
         raise FloatingPointError(f"the student's weights are not finite after step {run.step}: lower --learning-rate")
-    windows = gather(run.buffer.state())
+    windows, weights = gather(run.buffer.state()), gold_buffer.whole_weights(run.student, bool(run.records))
+    state = {"step": run.step, "num_tokens": run.num_tokens, "windows": windows, "run": run.identity}
+    state["optimizer"] = gold_buffer.whole(run.optimizer.state_dict(), "cpu" if run.records else "meta")
     if run.records:
-        state = {"step": run.step, "num_tokens": run.num_tokens, "windows": windows, "run": run.identity}
-        state["optimizer"] = run.optimizer.state_dict()
         folder = Path(cfg.output_dir) / "checkpoints"
-        save_checkpoint(folder, state, run.student, run.tokenizer, cfg.save_total_limit)
+        save_checkpoint(folder, state, run.student, run.tokenizer, cfg.save_total_limit, weights)
 
 
 def close(run: Run, ranks: Ranks, last: bool, seen: list[int]) -> bool:
@@ -1164,7 +1246,7 @@ def warnings(rows: list[dict[str, float]], cfg: Config, window: gold_buffer.Wind
 class Records:
     """What leaves the loop on rank 0: files, console line, wandb, evaluations, the best weights so far."""
 
-    def __init__(self, cfg: Config, ranks: Ranks, max_steps: int, step: int, student, tokenizer, say):
+    def __init__(self, cfg: Config, ranks: Ranks, max_steps: int, step: int, student, tokenizer, say, weights=None):
         self.cfg, self.out, self.say, self.student, self.tokenizer = cfg, Path(cfg.output_dir), say, student, tokenizer
         shown = {k: without_secrets(v) if isinstance(v, str) else v for k, v in asdict(cfg).items()}
         write_json(self.out / "config.json", shown)
@@ -1187,19 +1269,19 @@ class Records:
                 engine="vllm" if free and gold_buffer.choose_sampler(cfg.sampler)[0] == "vllm" else "hf",
                 max_samples=cfg.eval_max_samples, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_completion_length,
             )  # fmt: skip
-            self._catch_up({r["step"] for r in known}, step, max_steps)
+            self._catch_up({r["step"] for r in known}, step, max_steps, weights)
 
-    def _catch_up(self, evaluated: set[int | None], step: int, max_steps: int) -> None:
+    def _catch_up(self, evaluated: set[int | None], step: int, max_steps: int, weights) -> None:
         """Submit what a new or a resumed run lacks: the teacher (None), the start, its own step."""
         cfg = self.cfg
         if None not in evaluated and cfg.teacher_model and not cfg.teacher_url:
             name, revision = gold_data.hub_name(cfg.teacher_model)
             self.evaluator.submit(None, name, model="teacher", revision=revision)
         if 0 not in evaluated:
-            name = gold_data.hub_name(cfg.student_model)
-            self.evaluate(0, student=gold_buffer.load_model(*name, torch.float32, "cpu") if step > 0 else None)
+            load = functools.partial(gold_buffer.load_model, *gold_data.hub_name(cfg.student_model))
+            self.evaluate(0, weights=load(torch.float32, "cpu").state_dict() if step > 0 else weights)
         if step > 0 and step not in evaluated and (step == max_steps or every(cfg.eval_steps, step)):
-            self.evaluate(step, final=step == max_steps)
+            self.evaluate(step, step == max_steps, weights)
 
     def log(self, row: dict[str, float], window: gold_buffer.Window) -> None:
         step, decode = row["step"], self.tokenizer.decode
@@ -1219,18 +1301,18 @@ class Records:
         self.bar.set_postfix_str(text + self.latest)
         self.bar.update()
 
-    def evaluate(self, step: int, final: bool = False, student=None) -> None:
+    def evaluate(self, step: int, final: bool = False, weights: dict[str, Tensor] | None = None) -> None:
         """Write the weights of this step as a model directory and have it scored; poll deletes it or calls it best."""
         if self.evaluator is None:
             return
-        folder, student, memory = self._candidate(step), student or self.student, Path("/dev/shm")
+        folder, memory = self._candidate(step), Path("/dev/shm")
         discard(folder)
         folder.parent.mkdir(exist_ok=True)
-        size = sum(p.numel() for p in student.parameters()) * self.dtype.itemsize
+        size = sum(p.numel() for p in self.student.parameters()) * self.dtype.itemsize
         if memory.exists() and shutil.disk_usage(memory).free > 2 * size:
             folder.symlink_to(memory / f"gold-{uuid.uuid4().hex}")
         try:
-            save_model(folder.resolve(), student, self.tokenizer, self.dtype)
+            save_model(folder.resolve(), self.student, self.tokenizer, self.dtype, weights)
         except (OSError, SafetensorError) as e:  # a full disk: the child will say that it found nothing
             self.say(f"evaluation of step {step}: its weights could not be written: {e}")
             discard(folder)
@@ -1391,8 +1473,8 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
         no_other = not cfg.teacher_model and cfg.teacher_url is None
         need(no_other, "a teacher without --student-model: name both, or neither for the embedded job")
         check(stages["gold"], ranks)
-        seed = json.loads(note.read_text())["seed"] if note.exists() else cfg.seed
-        new = cfg.resume or not note.exists()
+        seed = told(lambda: json.loads(note.read_text())["seed"] if note.exists() else cfg.seed)
+        new = cfg.resume or not told(note.exists)
         need(new, f"{out} holds a run already: --resume it, or choose another --output-dir")
         need(seed == cfg.seed, f"{out} was made with --seed {seed}: resume with that, or choose another --output-dir")
     wait_for_all()  # before the first of them writes
@@ -1407,9 +1489,10 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
     failed = False
     for name, stage in stages.items():
         checkpoints = out / name / "checkpoints"
-        if name in first and (checkpoints / f"step-{stage.max_steps:06d}").exists():
+        kept = told(functools.partial(sorted, checkpoints.glob("step-*")))
+        if name in first and checkpoints / f"step-{stage.max_steps:06d}" in kept:
             continue  # kept from an earlier run, on however many ranks
-        stage = replace(stage, output_dir=str(out / name), resume=any(checkpoints.glob("step-*")))
+        stage = replace(stage, output_dir=str(out / name), resume=bool(kept))
         failed |= train(stage, ranks, last=name == "gold")
     if ranks.rank == 0:
         print(run_report(out / "gold", {"answers alone": out / "control"}))
@@ -1419,10 +1502,16 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
 def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
+    if "--nproc" in sys.argv[:-1] and "WORLD_SIZE" not in os.environ:  # torchrun itself calls this short form ambiguous
+        at = sys.argv.index("--nproc")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", sys.argv[at + 1]]
+        os.execv(sys.executable, [*launcher, *sys.argv[:at], *sys.argv[at + 2 :]])
     disable_progress_bar()  # of weights being loaded and saved: ours is the only bar
+    ranks = setup_ranks()
     with one_clear_line():
-        cfg = configuration()
-    ranks = setup_ranks(longest_wait(cfg))
+        cfg = told(configuration)
+    if dist.is_initialized():
+        dist.group.WORLD.set_timeout(timedelta(seconds=longest_wait(cfg)))
     try:
         failed = (embedded if cfg.student_model is None else train)(cfg, ranks)
     except (OSError, FloatingPointError) as e:

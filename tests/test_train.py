@@ -627,7 +627,7 @@ def call(monkeypatch, capsys, *flags: str) -> tuple[int, str]:
 BAD = {
     "unknown flag": (("--lamda", "0.5"), r"--lmbda"),
     "a share above 1": (("--lmbda", "1.5"), r"lmbda must be in \[0, 1\]: got 1.5"),
-    "a window that does not divide": (("--generation-batch-size", "3", "--num-generations", "2"), r"3 x .* = 6.* = 8"),
+    "a window that does not divide": (("--num-generations", "3"), r"4 x .* = 8 completions, num_generations 3 of each"),
     "beta outside": (("--beta", "1.2"), r"beta .*1.2"),
     "a missing model": (("--student-model", "no/such-model"), r"'no/such-model' is neither a directory"),
     "a missing teacher": (("--teacher-model", "nowhere"), r"'nowhere' is neither a directory"),
