@@ -1194,6 +1194,7 @@ def log_row(cfg, run, lr, grad_norm, window, stats, counts, seconds, ranks) -> d
         stats.max("align/largest_span", int(np.maximum(student, teacher).max(initial=0)))
     if aligned:
         stats.mean("align/unscored", [s.num_tokens == 0 for s in samples])
+        stats.mean("align/unwritten", [a.unwritten > 0 for a in aligned])
     for name, taken in (window.seconds | seconds).items():
         stats.mean(f"timing/{name}", [taken])
     card = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
@@ -1223,12 +1224,13 @@ ODD = {
     "actor/grad_norm": "the gradient is exactly 0: nothing is learnt (too large a learning rate or weight decay?)",
     "actor/skipped": "the gradient was not finite and the step was left out; actor/skipped counts them",
     "align/unscored": "completions without a single scored token: only special tokens, or no common text",
+    "align/unwritten": "completions that the teacher's tokenizer would change, compared up to there only",
 }
 
 
 def warnings(rows: list[dict[str, float]], cfg: Config, window: gold_buffer.Window, tokenizer, ends) -> dict[str, str]:
     """metric -> what looks wrong, in the latest rows of metrics, the last of which is the window's."""
-    odd = {name: rows[-1].get(name, 0.0) > 0 for name in ("actor/skipped", "align/unscored")}
+    odd = {name: rows[-1].get(name, 0.0) > 0 for name in ODD}
     odd["actor/grad_norm"] = rows[-1]["actor/grad_norm"] == 0
     found = {name: text for name, text in ODD.items() if odd[name]}
     cut = [r["response_seq_len/truncated"] > TRUNCATED_SHARE for r in rows[-TRUNCATED_STEPS:]]

@@ -530,7 +530,7 @@ def test_every_metric_of_the_design_is_logged(evaluated):
         actor/loss actor/jsd_loss actor/ce_loss actor/on_policy_loss actor/off_policy_loss actor/entropy actor/grad_norm
         actor/lr align/coverage align/one_to_one align/largest_span response_seq_len/mean response_seq_len/min
         response_seq_len/max response_seq_len/truncated timing/generate timing/sync timing/teacher timing/train
-        timing/wait timing/step timing/other perf/tokens_per_s align/unscored actor/skipped"""
+        timing/wait timing/step timing/other perf/tokens_per_s align/unscored align/unwritten actor/skipped"""
     assert set(expected.split()) == set(row)
     assert all(isinstance(value, (int, float)) for value in row.values())
     readme = (ROOT / "README.md").read_text()
