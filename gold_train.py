@@ -1449,9 +1449,9 @@ def make_model(folder: Path, texts: list[str], bytes_level: bool, hidden: int, l
 TEACHER_STEPS, STUDENT_STEPS = 800, 160
 SOLVED = "train[:500]"  # the puzzles whose answers are known; GOLD needs no answers and gets more puzzles
 EMBEDDED = Config(
-    dataset="countdown-mini", split="train[:8000]", max_length=96, max_completion_length=64, seq_kd=True,
-    per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=500, learning_rate=3e-3, weight_decay=0.01,
-    beta=0.0, eval_tasks=("countdown-mini",), eval_steps=250, eval_max_samples=512, save_steps=100,
+    dataset="countdown-mini", split="train[:8000]", max_length=96, max_completion_length=64, lmbda=0.25, seq_kd=True,
+    per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=600, learning_rate=3e-3, weight_decay=0.01,
+    beta=0.0, eval_tasks=("countdown-mini",), eval_steps=300, eval_max_samples=512, save_steps=100,
     output_dir="out/embedded",
 )  # fmt: skip
 

@@ -152,7 +152,8 @@ def build(name: str, teacher: str | None = None, **changes):
         known = gold_buffer.LocalTeacher(make(teacher, DTYPE))
         pairing = gold_train.Pairing("jsd", gold_train.jsd_pair(cfg, None, None, None))
         other = gold_loss.Head(**known.head)
-    return cfg, student, gold_train.Parts(model, gold_loss.Head(**head), autocast, pairing, known, other)
+    read_head = lambda: gold_loss.Head(**head)
+    return cfg, student, gold_train.Parts(model, read_head, autocast, pairing, known, other)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

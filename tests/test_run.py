@@ -210,10 +210,10 @@ def test_a_full_disk_ends_in_one_line_that_names_the_last_checkpoint(models, dat
     cfg = config(models, data, tmp_path / "out", max_steps=4, save_steps=2, max_completion_length=4)
     real = gold_train.save_model
 
-    def full(folder, *args):
+    def full(folder, *args, **named):
         if "000004" in str(folder):
             raise OSError(28, "No space left on device")
-        real(folder, *args)
+        real(folder, *args, **named)
 
     monkeypatch.setattr(gold_train, "save_model", full)
     code, text = call(monkeypatch, capsys, *command(cfg))

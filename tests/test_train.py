@@ -148,14 +148,12 @@ def test_gradients_travel_between_ranks_once_per_window(models, data, tmp_path, 
         reduced.append(bucket.index())
         return allreduce_hook(state, bucket)
 
-    real = gold_train.DistributedDataParallel
+    class Wrapped(gold_train.DistributedDataParallel):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.register_comm_hook(None, counting)
 
-    def wrapped(*args, **kwargs):
-        model = real(*args, **kwargs)
-        model.register_comm_hook(None, counting)
-        return model
-
-    monkeypatch.setattr(gold_train, "DistributedDataParallel", wrapped)
+    monkeypatch.setattr(gold_train, "DistributedDataParallel", Wrapped)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     gold_train.train(config(models, data, tmp_path / "out", max_steps=3, gradient_accumulation_steps=4), ALONE)
     assert not torch.distributed.is_initialized()
