@@ -154,7 +154,7 @@ def run(out: Path, name: str, steps: int, rows: int = ROWS, **changes) -> Path:
     defaults = {
         "output_dir": str(out / name), "max_steps": steps, "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": 1, "max_length": 128, "max_completion_length": 72, "learning_rate": 3e-3,
-        "sampler": "hf", "save_steps": 10_000, "sample_steps": 50,
+        "sampler": "hf", "save_steps": 10_000,
     }  # fmt: skip
     ranks = gold_train.Ranks(0, 0, 1, 1, torch.device("cpu"))
     gold_train.train(gold_train.Config(**defaults | changes), ranks, last=False)
