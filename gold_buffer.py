@@ -195,11 +195,8 @@ class HFSampler:
         training = self.model.training
         self.model.eval()
         try:
-            with (
-                torch.no_grad(),
-                gathered(self.model),
-                self.autocast,
-            ):  # one context for all steps: it keeps the weights it has cast
+            # one context for all steps: it keeps the weights that are gathered or cast
+            with torch.no_grad(), gathered(self.model), self.autocast:
                 yield
         finally:
             self.model.train(training)

@@ -918,10 +918,9 @@ SAME_RUN = (
 ).split()  # the other flags may change with a resume, which says so
 
 
-def restore(run: Run, identity: dict, checkpoint: Path, ranks: Ranks, say) -> None:
-    """Put optimizer, windows, step and tokens of a checkpoint into `run`. Raises ValueError if it is of another run."""
-    saved = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-    windows = saved["windows"]
+def restore(run: Run, saved: dict, checkpoint: Path, ranks: Ranks, say) -> None:
+    """Put what a checkpoint has `saved` (trainer.pt) into `run`. Raises ValueError if it is of another run."""
+    identity, windows = run.identity, saved["windows"]
     differs = {k: f"{saved['run'].get(k)} -> {v}" for k, v in identity.items() if saved["run"].get(k) != v}
     other = {k: v for k, v in differs.items() if k in SAME_RUN}
     need(not other, f"--resume, but this would be another run: {other}")
@@ -941,9 +940,9 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Everything before the first step. Most mistakes show before any weights are read, each as a ValueError."""
     device, out, dtype = ranks.device, Path(cfg.output_dir), compute_dtype(cfg, ranks.device)
     checkpoint = told(lambda: newest_checkpoint(out / "checkpoints", say)) if cfg.resume else None
-    day = gather(str(date.today()))[0]  # that chat templates write: the day on which the run began
-    if checkpoint:
-        day = torch.load(checkpoint / "trainer.pt", weights_only=True, mmap=True)["run"]["day"]
+    saved = checkpoint and torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+    # that chat templates write: the day on which the run began
+    day = saved["run"]["day"] if saved else told(lambda: str(date.today()))
     name, options = gold_data.hub_name(cfg.student_model), template_options(cfg.template_options)
     vocabulary = gold_data.load_vocabulary(*name, options["student"], day)
     teacher_vocabulary, pairing, loss = None, None, "cross entropy only"
@@ -991,8 +990,8 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     derived = {"loss": loss, "window": slots * ranks.world_size, "steps": max_steps, "rows_hash": rows.hash, "day": day}
     identity = asdict(cfg) | derived
     run = Run(parts, student, copy.deepcopy(vocabulary.tokenizer), optimizer, buffer, mine, identity, max_steps)
-    if checkpoint:
-        restore(run, identity, checkpoint, ranks, say)
+    if saved:
+        restore(run, saved, checkpoint, ranks, say)
     weights = gold_buffer.whole_weights(student, ranks.rank == 0) if cfg.eval_tasks else None
     if ranks.rank == 0:
         run.records = Records(cfg, ranks, max_steps, run.step, student, run.tokenizer, say, weights)

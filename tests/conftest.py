@@ -12,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import functools
 import pydoc_data.topics
+import subprocess
+import sys
 import tempfile
 
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="gold-tests-"))
@@ -51,6 +53,17 @@ INST = (
     "{% elif m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]\n' }}"
     "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+
+
+def on_two_ranks(script, *flags: str) -> str:
+    """What this script prints under a real torchrun."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), *flags], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @functools.cache

@@ -6,10 +6,8 @@ pytest tests/test_bd3lm.py
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama, tiny_model, tiny_qwen
+from conftest import on_two_ranks, tiny_llama, tiny_model, tiny_qwen
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "forks"))
 
@@ -559,12 +557,7 @@ def test_ranks_and_micro_batches_make_no_difference(start, tmp_path):
     flags = f"--student-model {start}/model --dataset {start}/train.jsonl --subset None --tasks ppl={start}/test.jsonl"
     flags += " --max-steps 4 --length 32 --block-size 4 --per-device-train-batch-size 2 --gradient-accumulation-steps 2"
     flags += f" --learning-rate 1e-2 --ema 0.5 --eval-max-samples 2 --draws 1 --output-dir {tmp_path}/two"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "forks" / "gsm8k_bd3lm.py"), *flags.split()], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_ranks(ROOT / "forks" / "gsm8k_bd3lm.py", *flags.split())
     one, two = (gold_eval.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert all(abs(a["actor/loss"] - b["actor/loss"]) < 1e-5 for a, b in zip(one, two, strict=True))
     one, two = state(tmp_path / "one", 4), state(tmp_path / "two", 4)
@@ -574,13 +567,8 @@ def test_ranks_and_micro_batches_make_no_difference(start, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_run_the_embedded_job_and_no_stage_begins_before_its_start_is_written(tmp_path):
     flags = f"--max-steps 2 --per-device-train-batch-size 4 --eval-max-samples 2 --draws 1 --output-dir {tmp_path}/out"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "forks" / "gsm8k_bd3lm.py"), *flags.split()], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"| {tmp_path}/out/block-4 " in done.stdout
+    printed = on_two_ranks(ROOT / "forks" / "gsm8k_bd3lm.py", *flags.split())
+    assert f"| {tmp_path}/out/block-4 " in printed
     assert {len(gold_eval.read_jsonl(tmp_path / "out" / name / "metrics.jsonl")) for name in ("ar", "block-4")} == {
         2,
         4,

@@ -6,9 +6,7 @@ pytest tests/test_forks.py       the tests of lora.py need peft: pip install pef
 import copy
 import dataclasses
 import importlib
-import os
 import shutil
-import subprocess
 import sys
 
 import conftest
@@ -58,12 +56,7 @@ def test_two_ranks_train_as_one_does(fork, models, data, tmp_path, name):
         )
     two = config(models, data, tmp_path / "two", **how)
     one = dataclasses.replace(two, gradient_accumulation_steps=4, output_dir=str(tmp_path / "one"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(ROOT / "forks" / f"{name}.py"), *command(two)], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    conftest.on_two_ranks(ROOT / "forks" / f"{name}.py", *command(two))
     fork(name)
     gold_train.train(one, ALONE)
     for ours, theirs in zip(metrics(two.output_dir), metrics(one.output_dir), strict=True):
