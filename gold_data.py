@@ -37,6 +37,7 @@ import torch
 import tyro
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map_only
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": str}
 
@@ -1358,7 +1359,7 @@ class Alignment:
     num_bytes: int  # of the completion
     scored_bytes: int  # of them compared
     prefix: tuple | None = None  # what prefix_queries returned
-    unwritten: int = 0  # bytes from the first on that the teacher's tokenizer cannot write, or normalises to others
+    unwritten: int = 0  # bytes from the first on that the teacher cannot write, normalises to others or has no room for
 
 
 def same_vocabulary(a: Vocabulary, b: Vocabulary) -> bool:
@@ -1368,14 +1369,15 @@ def same_vocabulary(a: Vocabulary, b: Vocabulary) -> bool:
 
 
 def align(
-    student: Vocabulary, teacher: Vocabulary, completion_ids: list[int], finished: bool, prefix: bool
-) -> Alignment:
+    student: Vocabulary, teacher: Vocabulary, completion_ids: list[int], finished: bool, prefix: bool,
+    room: float = math.inf,
+) -> Alignment:  # fmt: skip
     """Find the teacher's tokens for the text of a sampled or encoded completion, and where the two meet.
 
     The text is the bytes of the student's ids as they are, never decoded and never re-tokenised for the student. The
     end token is part of it only where the student really stopped. If an id in the middle writes nothing (a special
     token that the teacher does not have) it counts as text of length 0, in no span. If the teacher cannot write some
-    byte, everything from there on is left out: see `unwritten`.
+    byte, or has no `room` for so many tokens, everything from there on is left out: see `unwritten`.
     """
     content = completion_ids[:-1] if finished else completion_ids
     text, student_ends = student.join(content), student.lengths[content].cumsum()
@@ -1384,6 +1386,8 @@ def align(
     teacher_ids, teacher_ends = teacher.encode(text)
     if teacher.lossy and len(teacher_ends):
         teacher_ends[-1] = len(text)
+    most = int(max(0, min(len(teacher_ids), room - finished)))
+    teacher_ids, teacher_ends = teacher_ids[:most], teacher_ends[:most]
     unwritten = len(text) - int(teacher_ends[-1] if len(teacher_ends) else 0)
     complete = finished and not unwritten
     common = np.intersect1d(student_ends, teacher_ends)
@@ -1451,8 +1455,8 @@ class Batch:
     offset_sample: Tensor | None = None  # (M,)
 
     def to(self, device) -> "Batch":
-        move = lambda x: {k: move(v) for k, v in x.items()} if isinstance(x, dict) else x if x is None else x.to(device)
-        return Batch(**{k: move(v) for k, v in vars(self).items()})
+        put = lambda x: x.to(device, non_blocking=True)
+        return Batch(**tree_map_only(Tensor, put, vars(self)))
 
 
 def _side(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
