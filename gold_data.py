@@ -1440,6 +1440,7 @@ class Batch:
     student_targets: Tensor  # (C,)
     student_sample: Tensor  # (C,) which of the B samples
     scored: Tensor  # (N,) those of the C rows that the distillation loss scores
+    written: Tensor  # (W,) those of off-policy samples
     on_policy: Tensor  # (B,) bool
     sampler_logprobs: Tensor  # (C,) what the sampler said, nan off-policy
     teacher_ids: Tensor | None = None  # (B, S)
@@ -1478,6 +1479,7 @@ def collate(samples: list[Sample], with_teacher: bool = True) -> Batch:
         *_side([s.prompt_ids for s in samples], completions),
         student_sample=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
         scored=torch.cat([n + torch.arange(s.num_tokens) for n, s in zip(counts.cumsum() - counts, samples)]),
+        written=torch.from_numpy(np.repeat([not s.on_policy for s in samples], counts).nonzero()[0]),
         on_policy=torch.tensor([s.on_policy for s in samples]),
         sampler_logprobs=torch.tensor([x for s in samples for x in s.logprobs or [math.nan] * len(s.completion_ids)]),
     )

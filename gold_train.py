@@ -583,8 +583,7 @@ def micro_batch_loss(cfg: Config, parts: Parts, batch: Batch, counts, stats) -> 
         for name in {"entropy", "teacher_mass", "student_mass", "matched", "unmatched"} & loss.stats.keys():
             stats.mean(f"actor/{name}", loss.stats[name])
     if cfg.ce_weight > 0:
-        written = (~batch.on_policy[batch.student_sample]).nonzero()[:, 0]
-        side = Side(hidden[written], parts.head, batch.student_targets[written])
+        side = Side(hidden[batch.written], parts.head, batch.student_targets[batch.written])
         loss = gold_loss.fused_cross_entropy(side)
         total = total + cfg.ce_weight * loss.total / counts[1]
         stats.add("ce", loss.values.sum())
