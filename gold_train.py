@@ -942,8 +942,9 @@ def rehearse(cfg: Config, run: "Run", row: gold_data.Row, positions: list[float]
     size, parts = len(micro_batches(cfg, [sample] * cfg.per_device_train_batch_size)[0]), run.parts
     if isinstance(parts.teacher, gold_buffer.ServedTeacher):  # it takes no memory here
         cfg, parts = replace(cfg, ce_weight=1.0), parts._replace(teacher=None)
-    on_gpu = ranks.device.type == "cuda"
-    before = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu := ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     batch = gold_data.collate([sample] * size, with_teacher=parts.teacher is not None).to(ranks.device)
     micro_batch_loss(cfg, parts, batch, (1.0, 1.0), Stats()).backward()
     run.optimizer.zero_grad(not isinstance(parts.model, DistributedDataParallel))
