@@ -37,7 +37,6 @@ import torch
 import tyro
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._pytree import tree_map_only
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": str}
 
@@ -1450,14 +1449,16 @@ class Batch:
     student_span: Tensor | None = None  # (N,)
     teacher_span: Tensor | None = None  # (N',)
     span_sample: Tensor | None = None  # (G,)
-    student_queries: dict[str, Tensor] | None = None
-    teacher_queries: dict[str, Tensor] | None = None
+    student_queries: dict[str, Tensor | list] | None = None  # what of gold_loss.Queries is not the vocabulary's
+    teacher_queries: dict[str, Tensor | list] | None = None
     offset: Tensor | None = None  # (O,)
     offset_sample: Tensor | None = None  # (M,)
 
     def to(self, device) -> "Batch":
-        put = lambda x: x.to(device, non_blocking=True)
-        return Batch(**tree_map_only(Tensor, put, vars(self)))
+        put = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+        return Batch(
+            **{k: {n: put(x) for n, x in v.items()} if type(v) is dict else put(v) for k, v in vars(self).items()}
+        )
 
 
 def _side(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -1505,8 +1506,11 @@ def collate(samples: list[Sample], with_teacher: bool = True) -> Batch:
     return batch
 
 
-def _queries(parts: list[tuple], side: int) -> dict[str, Tensor]:
-    """One completion's slots after another's: all outcomes, then all totals, then one for the tokens of the path."""
+NARROW = 16  # ranges of up to this many tokens are summed token by token, wider ones are differences of a running sum
+
+
+def _queries(parts: list[tuple], side: int) -> dict[str, Tensor | list[list[int]]]:
+    """One completion's queries after another's, in the form that gold_loss.Queries documents."""
     columns, rows, queries, outcomes, totals = defaultdict(list), 0, 0, 0, 0
     for part in parts:
         q, shift = part[side], {"row": rows, "full_row": rows, "path": queries, "full_slot": outcomes}
@@ -1516,10 +1520,18 @@ def _queries(parts: list[tuple], side: int) -> dict[str, Tensor]:
         columns["start"].append(np.full(len(q["path"]), rows))
         rows, queries = rows + len(q["path"]), queries + len(q["row"])
         outcomes, totals = outcomes + len(part[2]), totals + part[3]
-    q = {key: torch.from_numpy(np.concatenate(column)) for key, column in columns.items()}
-    q["slot"] = torch.where(q["slot"] < 0, outcomes - 1 - q["slot"], q["slot"])
-    q["slot"][q["path"]] = outcomes + totals
-    return q
+    q = {key: np.concatenate(column) for key, column in columns.items()}
+    kind = np.where(q["slot"] < 0, 2, 1)
+    kind[q.pop("path")] = 0
+    row, lo, hi, slot = (q.pop(key)[kind.argsort(kind="stable")] for key in ("row", "lo", "hi", "slot"))
+    slot, by_row, width = slot[rows:], row.argsort(kind="stable"), hi - lo
+    narrow, wide = by_row[width[by_row] <= NARROW], by_row[width[by_row] > NARROW]
+    count = width[narrow]
+    place = np.arange(count.sum()) + np.repeat(lo[narrow] - count.cumsum() + count, count)
+    q |= {"row": row, "narrow": np.repeat(narrow, count), "place": place, "wide": wide, "lo": lo[wide], "hi": hi[wide]}
+    q |= {"slot": slot[slot >= 0], "total": -1 - slot[slot < 0]}
+    bounds = [np.searchsorted(r, np.arange(rows + 1)).tolist() for r in (row[q["narrow"]], row[wide], q["full_row"])]
+    return {key: torch.from_numpy(column) for key, column in q.items()} | {"bounds": bounds}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,9 @@ from torch import Tensor
 
 FLOOR = -1e3  # stands for log 0: exp() of it is exactly 0, and differences of it stay finite
 MASKED = -1e6  # stands for a logit of -inf: its log probability is below FLOOR
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # size of one (rows, vocabulary) buffer: 8 MB / 256 MB in float32
+# rows in a chunk: sqrt(CHUNK / vocabulary), since few rows pass often over the head's gradient, many leave the cache
+CHUNK = {"cpu": 2**27, "cuda": 2**34}  # 32,000 entries: 64 (8 MB in float32), 732; 151,936: 29 (18 MB), 336 (204 MB)
+KEPT = {"cpu": 2**25, "cuda": 2**29}  # size of the laws that are kept for the backward pass: 128 MB, 2 GB in float32
 
 
 class Loss(NamedTuple):
@@ -78,6 +80,11 @@ class Head:
         if rows == self.weight.size(0):
             return self
         return Head(self.weight[:rows], None if self.bias is None else self.bias[:rows], self.scale, self.softcap)
+
+    def at(self, temperature: float) -> "Head":
+        """The head whose logits are these over `temperature`."""
+        cap = None if self.softcap is None else self.softcap / temperature
+        return replace(self, scale=self.scale / temperature, softcap=cap)
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _chunks(num_rows: int, head: Head, chunk: int | None) -> list[slice]:
     """Without rows one empty chunk: there are empty results then, not none."""
-    size = chunk or max(1, CHUNK_ELEMENTS[head.weight.device.type] // head.weight.size(0))
+    size = chunk or math.isqrt(CHUNK[head.weight.device.type] // head.weight.size(0)) + 1
     return [slice(i, min(i + size, num_rows)) for i in range(0, max(1, num_rows), size)]
 
 
@@ -200,6 +207,12 @@ def _project(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
     return z.clamp_min_(MASKED)
 
 
+def _slope(z: Tensor, head: Head) -> Tensor | float:
+    """d z / d (h W + b), to be taken before anything overwrites z; 0 for masked ids."""
+    slope = head.scale if head.softcap is None else (z / head.softcap).square_().neg_().add_(1).mul_(head.scale)
+    return slope if head.bias is None else slope * (head.bias > -math.inf).to(z.dtype)
+
+
 class _HeadGradients:
     """Gradients of hidden, weight and bias, collected chunk by chunk, the last two in float32 at least."""
 
@@ -208,12 +221,6 @@ class _HeadGradients:
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
         self.weight = torch.zeros_like(head.weight, dtype=_wide(weight[:0]).dtype) if wanted[1] else None
         self.bias = torch.zeros_like(head.bias, dtype=_wide(weight[:0]).dtype) if wanted[2] else None
-
-    def slope(self, z: Tensor) -> Tensor | float:
-        """d z / d (h W + b), to be taken before anything overwrites z; 0 for masked ids."""
-        head = self.head
-        slope = head.scale if head.softcap is None else (z / head.softcap).square_().neg_().add_(1).mul_(head.scale)
-        return slope if head.bias is None else slope * (head.bias > -math.inf)
 
     def add(self, rows: slice, hidden: Tensor, dz: Tensor, slope: Tensor | float) -> None:
         """Push dz (n, V), the gradient at the chunk's logits, through the head; overwrites dz."""
@@ -247,7 +254,7 @@ class _RowLoss(torch.autograd.Function):
 
         def one_chunk(rows: slice) -> None:  # a function: its buffers are gone before the next chunk's are made
             z = _project(hidden[rows], weight, head)
-            slope = grads.slope(z) if want_grad else None
+            slope = _slope(z, head) if want_grad else None
             teacher_z = None if teacher is None else _project(teacher.hidden[rows], teacher_weight, teacher.head)
             values[rows], dz, dx, stat = row_fn(z, teacher_z, None if extra is None else extra[rows], rows, want_grad)
             for name, x in stat.items():
@@ -309,56 +316,86 @@ def by_autograd(fn: Callable) -> Callable:
     return row_fn
 
 
-class _RowFeatures(torch.autograd.Function):
-    """Features of each row's log law whose gradient is known only after the last row: recomputed in the backward pass.
+class _LawReads(torch.autograd.Function):
+    """Entropy (N,) of each row's law and what is read of it, with a gradient that is known only after the last row.
 
-    feature_fn(logp (n, V), rows) -> tuple of tensors, each concatenated over chunks along its first dimension.
+    tokens (row, token, bound): log probabilities (P,) of single tokens. ranges, each (row, lo, hi, bound) of one shape:
+    masses of the tokens order[lo:hi]. Rows ascend; bound[i] of them are before row i, which the host knows.
     """
 
     @staticmethod
-    def forward(ctx, feature_fn, temperature, chunk, head, hidden, weight, bias):
-        ctx.feature_fn, ctx.temperature, ctx.head = feature_fn, temperature, head
-        ctx.chunks = _chunks(hidden.size(0), head, chunk)
+    def forward(ctx, head, chunk, tokens, order, ranges, hidden, weight, bias):
+        (num_rows, _), size, compute_weight = hidden.shape, weight.size(0), weight.to(hidden.dtype)
+        ctx.args, ctx.chunks, ctx.kept = (head, tokens, order, ranges), _chunks(num_rows, head, chunk), {}
         ctx.save_for_backward(hidden, weight)
-        weight = weight.to(hidden.dtype)
-        parts, entropy = [], []
+        room = KEPT[weight.device.type] // size if any(ctx.needs_input_grad) else 0
+        some = ctx.chunks[0].stop if ranges else 0
+        running = torch.zeros(some, size + 1, dtype=torch.float64, device=hidden.device)
+        entropy, few, masses = [], [], [[] for _ in ranges]
         for rows in ctx.chunks:
-            logp = F.log_softmax(_project(hidden[rows], weight, head) / temperature, dim=-1)
-            parts.append(feature_fn(logp, rows))
-            entropy.append(-torch.linalg.vecdot(logp.exp(), logp))
-        ctx.sizes = [[x.size(0) for x in part] for part in zip(*parts, strict=True)]
-        entropy = torch.cat(entropy)
+            z, p, slope = _law(hidden[rows], compute_weight, head)
+            if rows.stop <= room:
+                ctx.kept[rows.start] = p, slope
+            log_sum = z.amax(-1) - p.amax(-1).log()  # of exp(z)
+            entropy.append(log_sum - torch.linalg.vecdot(p, z))
+            row, token = _part(rows, *tokens)
+            few.append((z[row, token] - log_sum[row]).double())
+            if ranges:
+                running[: len(p), 1:].copy_(p.index_select(1, order)).cumsum_(-1)
+            for mass, wanted in zip(masses, ranges, strict=True):
+                row, lo, hi = _part(rows, *wanted)
+                mass.append(running[row, hi] - running[row, lo])
+        entropy, *reads = map(torch.cat, (entropy, few, *masses))
         ctx.mark_non_differentiable(entropy)
-        return entropy, *(torch.cat(part) for part in zip(*parts, strict=True))
+        return entropy, *reads
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, _, *d_features):
-        hidden, weight = ctx.saved_tensors
-        weight = weight.to(hidden.dtype)
-        grads = _HeadGradients(hidden, weight, ctx.head, ctx.needs_input_grad[4:7])
-        d_chunks = zip(*(d.split(sizes) for d, sizes in zip(d_features, ctx.sizes, strict=True)), strict=True)
-        for rows, d in zip(ctx.chunks, d_chunks, strict=True):
-            z = _project(hidden[rows], weight, ctx.head)
-            slope = grads.slope(z)
-            with torch.enable_grad():
-                z.requires_grad_()
-                features = ctx.feature_fn(F.log_softmax(z / ctx.temperature, dim=-1), rows)
-                (dz,) = torch.autograd.grad(features, z, d)
+    def backward(ctx, _, d_few, *d_masses):
+        """At the logits: p (c - sum_v p c) with c(v) the sum of d_mass over the ranges that hold v; d_few (1 - p)."""
+        (hidden, weight), (head, tokens, order, ranges) = ctx.saved_tensors, ctx.args
+        size, compute_weight, most = weight.size(0), weight.to(hidden.dtype), torch.finfo(_wide(hidden).dtype).max
+        grads = _HeadGradients(hidden, compute_weight, head, ctx.needs_input_grad[5:])
+        place = order.argsort() if ranges else None
+        for rows in ctx.chunks:
+            dz, slope = ctx.kept.pop(rows.start, None) or _law(hidden[rows], compute_weight, head)[1:]
+            row, token, d = _part(rows, *tokens[:2], d_few, tokens[2])
+            total = d.new_zeros(len(dz), 1).index_add_(0, row, d[:, None])
+            if ranges:
+                c = total.new_zeros(len(dz), size + 1)
+                for (*wanted, bound), d_mass in zip(ranges, d_masses, strict=True):
+                    line, lo, hi, dm = (x.flatten() for x in _part(rows, *wanted, d_mass, bound))
+                    c.view(-1).index_add_(0, line * (size + 1) + lo, dm).index_add_(0, line * (size + 1) + hi, -dm)
+                c = c.cumsum_(-1).clamp_(-most, most).to(dz.dtype).index_select(1, place).mul_(dz)
+                total = total + c.sum(-1, keepdim=True)
+            dz.mul_(-total)
+            dz = dz.add_(c) if ranges else dz
+            dz.view(-1).index_add_(0, row * size + token, d.to(dz.dtype))
             grads.add(rows, hidden, dz, slope)
-        return None, None, None, None, grads.hidden, grads.weight, grads.bias
+        return (None,) * 5 + (grads.hidden, grads.weight, grads.bias)
 
 
-def _row_features(feature_fn: Callable, side: Side, chunk: int | None) -> tuple[Tensor, ...]:
-    head = side.head
-    return _RowFeatures.apply(feature_fn, side.temperature, chunk, head, side.hidden, head.weight, head.bias)
+def _law(hidden: Tensor, weight: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | float]:
+    z = _project(hidden, weight, head)
+    return z, F.softmax(z, dim=-1), _slope(z, head)
+
+
+def _part(rows: slice, row: Tensor, *columns) -> tuple[Tensor, ...]:
+    """Of reads, and what belongs to them, those of a chunk of rows, with its own row numbers; `bound` is the last."""
+    part = slice(columns[-1][rows.start], columns[-1][rows.stop])
+    return row[part] - rows.start, *(x[part] for x in columns[:-1])
+
+
+def _law_reads(side: Side, chunk: int | None, *reads) -> tuple[Tensor, ...]:
+    head = side.head.at(side.temperature)
+    return _LawReads.apply(head, chunk, *reads, side.hidden, head.weight, head.bias)
 
 
 def token_logprobs(side: Side, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Log probability (N,) float64 of each row's own token, with gradient, and the entropy (N,) of each row's law."""
-    own = lambda logp, rows: (logp.gather(1, side.ids[rows, None])[:, 0].double().clamp_min(FLOOR),)
-    entropy, logp = _row_features(own, side, chunk)
-    return logp, entropy
+    rows = torch.arange(len(side.ids), device=side.ids.device)
+    entropy, logp = _law_reads(side, chunk, (rows, side.ids, range(len(rows) + 1)), None, ())
+    return logp.clamp_min(FLOOR), entropy
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -371,15 +408,13 @@ def fused_jsd(student: Side, teacher: Side, beta: float, scale: str = "kl", chun
     Args:
         student, teacher: rows that predict the same tokens. Unequal numbers of vocabulary rows are compared on the
             common first ones. Gradients flow to student.hidden and its head.
-        chunk: rows at a time; None fits CHUNK_ELEMENTS.
+        chunk: rows at a time; None: as CHUNK says.
     Returns: Loss with values (N,).
     """
     factor = scale_factor(beta, scale)
     common = min(student.head.weight.size(0), teacher.head.weight.size(0))
 
     def row_fn(z, teacher_z, extra, rows, want_grad):
-        if teacher.temperature != 1.0:
-            teacher_z.div_(teacher.temperature)
         logq, logp = (x.sub_(x.logsumexp(-1, keepdim=True)) for x in (z, teacher_z))
         q = logq.exp()
         stats = law_stats(logq, None if student.ids is None else student.ids[rows], q)
@@ -391,8 +426,8 @@ def fused_jsd(student: Side, teacher: Side, beta: float, scale: str = "kl", chun
             w.sub_(q.mul_(w.sum(-1, keepdim=True))).mul_(a * factor / student.temperature)
         return values.mul_(factor), w if want_grad else None, None, stats
 
-    sides = (replace(side, head=side.head.first(common)) for side in (student, teacher))
-    return row_loss(row_fn, *sides, chunk=chunk)
+    ours, theirs = student.head.first(common), teacher.head.first(common).at(teacher.temperature)
+    return row_loss(row_fn, replace(student, head=ours), replace(teacher, head=theirs), chunk=chunk)
 
 
 def fused_cross_entropy(student: Side, chunk: int | None = None) -> Loss:
@@ -483,9 +518,8 @@ def alm_loss(student: Side, teacher_logprobs: Tensor, teacher_span: Tensor, chun
     num_spans = int(student.span.max()) + 1 if student.span.numel() else 0
     logq, entropy = token_logprobs(student, chunk)
 
-    def per_span(logs, span):
-        inside = span >= 0
-        return -logs.new_zeros(num_spans).index_add(0, span[inside], logs[inside])
+    def per_span(logs, span):  # -1, no span, is the last of one more
+        return -logs.new_zeros(num_spans + 1).index_add(0, span % (num_spans + 1), logs)[:-1]
 
     sides = (teacher_logprobs.double(), teacher_span), (logq, student.span)
     a, b = (per_span(*side).clamp_min(1e-9) for side in sides)
@@ -556,24 +590,28 @@ class Queries:
     """What `prefix_loss` asks of one model: masses of token ranges, each "tokens that start with these bytes".
 
     `order` lists token ids sorted by their bytes, then the ends of a text, then all others; a range is [lo, hi) in it.
-    Query e reads the law of row[e] and adds its mass, times the probability of the path up to that row, to slot[e]:
-    slots 0..O-1 are outcomes, O..O+M-1 the totals that the outcomes of an offset are divided by, O+M is discarded.
-    Row full_row[f] also adds its whole next-byte law to the 257 slots from full_slot[f]: the bytes, then the end.
+    Query e reads the law of row[e]. The first N ask for the rows' own tokens, the next K for outcomes, the last T for
+    the totals that the outcomes of an offset are divided by; to them the mass is added, times the probability of the
+    path up to the row. Row full_row[f] also adds its whole next-byte law to the 257 outcomes from full_slot[f]: the
+    bytes, then the end. Small ranges are given token by token, so that what is small is exact.
     """
 
     order: Tensor  # (V,)
     edge: Tensor  # (258,) where in `order` each first byte begins; then the end-of-text ids; then the others
-    row: Tensor  # (E,) ascending
-    lo: Tensor  # (E,)
-    hi: Tensor  # (E,)
-    slot: Tensor  # (E,)
-    path: Tensor  # (N,) the query that asks for row i's own token
+    row: Tensor  # (E,)
+    narrow: Tensor  # (P,) the query that place[p] in `order` is part of, rows ascending
+    place: Tensor  # (P,)
+    wide: Tensor  # (W,) the query that asks for [lo[w], hi[w]), rows ascending
+    lo: Tensor  # (W,)
+    hi: Tensor  # (W,)
+    slot: Tensor  # (K,) outcome 0..O-1
+    total: Tensor  # (T,) offset 0..M-1
     start: Tensor  # (N,) first row of the completion that row i belongs to
     full_row: Tensor  # (F,) ascending
     full_slot: Tensor  # (F,)
+    bounds: list[list[int]]  # how many of narrow, wide and full_row are of rows before row 0, 1, .., N
 
 
-NARROW = 16  # ranges of up to this many tokens are summed directly, wider ones by differences of a running sum
 TINY = 1e-200  # stands for a probability too small to see, where 0 would say that the text cannot be written
 
 
@@ -582,29 +620,17 @@ def _range_masses(side: Side, q: Queries, chunk: int | None) -> tuple[Tensor, Te
 
     What the vocabulary can write is never 0, what it cannot write is exactly 0.
     """
-    steps = torch.arange(NARROW, device=q.row.device)
-    rows_up_to = torch.arange(side.hidden.size(0) + 1, device=q.row.device)
-    query_bound, full_bound = (torch.searchsorted(r, rows_up_to).tolist() for r in (q.row, q.full_row))
-    writable = q.edge.diff() > 0
-
-    def feature_fn(logp, rows):
-        part = slice(query_bound[rows.start], query_bound[rows.stop])
-        row, lo, hi = q.row[part] - rows.start, q.lo[part], q.hi[part]
-        logp = logp[:, q.order]
-        running = F.pad(logp.exp().cumsum(-1, dtype=torch.float64), (1, 0))
-        mass = running[row, hi] - running[row, lo]
-        narrow = (hi - lo <= NARROW).nonzero()[:, 0]
-        a, b = lo[narrow, None] + steps, hi[narrow, None]
-        few = logp[row[narrow, None], a.clamp(max=logp.size(1) - 1)].double().masked_fill(a >= b, -math.inf)
-        mass = mass.clamp_min(TINY).log().index_copy(0, narrow, few.logsumexp(-1))
-        full = q.full_row[full_bound[rows.start] : full_bound[rows.stop]] - rows.start
-        return mass, running[full][:, q.edge].diff(dim=1).clamp_min(TINY) * writable
-
-    return _row_features(feature_fn, side, chunk)
+    whole = q.full_row.size(0), 257
+    tokens = q.row[q.narrow], q.order[q.place], q.bounds[0]
+    wide = q.row[q.wide], q.lo, q.hi, q.bounds[1]
+    full = *(x.expand(whole) for x in (q.full_row[:, None], q.edge[:-1], q.edge[1:])), q.bounds[2]
+    entropy, few, many, full = _law_reads(side, chunk, tokens, q.order, (wide, full))
+    mass = _segment_logsumexp(few, q.narrow, q.row.size(0)).index_copy(0, q.wide, many.clamp_min(TINY).log())
+    return entropy, mass, full.clamp_min(TINY) * (q.edge.diff() > 0)
 
 
 def _segment_logsumexp(x: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """log sum exp of x (E,) over each segment (num_segments,), none of which is empty."""
+    """log sum exp of x (E,) over each segment (num_segments,); of an empty one it has no gradient."""
     top = x.new_full((num_segments,), -math.inf).scatter_reduce(0, segment, x.detach(), "amax")
     return x.new_zeros(num_segments).index_add(0, segment, (x - top[segment]).exp()).log() + top
 
@@ -630,34 +656,34 @@ def prefix_loss(
     """
     if student.temperature != 1.0 or teacher.temperature != 1.0:
         raise ValueError("prefix_loss multiplies conditional laws, which is only a law of text at temperature 1")
-    num_outcomes, counted = offset.numel(), offset >= 0
+    counted = offset >= 0
     offset = torch.where(counted, offset, -1 - offset)
 
     def text_law(side: Side, q: Queries) -> tuple[Tensor, dict[str, Tensor]]:
         """Probabilities (O,) of the outcomes: sums of path times range, over the total of the outcome's offset."""
         entropy, mass, full = _range_masses(side, q, chunk)
-        own = mass[q.path]
+        own, *_ = mass.split(sizes := [q.start.numel(), q.slot.numel(), q.total.numel()])
         before = own.cumsum(0) - own  # (N,) log probability of all earlier tokens of the batch
         log_path = before - before[q.start]
-        joint, slot = log_path[q.row] + mass, q.slot - num_outcomes
-        totals = (slot >= 0) & (slot < num_offsets)
-        log_total = _segment_logsumexp(joint[totals], slot[totals], num_offsets)
-        named = (slot < 0).nonzero()[:, 0]
-        part = (joint[named] - log_total[offset[q.slot[named]]]).clamp_min(math.log(TINY)).exp()
+        _, named, totals = (log_path[q.row] + mass).split(sizes)
+        log_total = _segment_logsumexp(totals, q.total, num_offsets)
+        part = (named - log_total[offset[q.slot]]).clamp_min(math.log(TINY)).exp()
         full = full * (log_path[q.full_row] - log_total[offset[q.full_slot]]).exp()[:, None]
         full_slot = q.full_slot[:, None] + torch.arange(257, device=offset.device)
-        law = full.new_zeros(num_outcomes).index_add(0, full_slot.flatten(), full.flatten())
-        return law.index_add(0, q.slot[named], part), {"entropy": entropy, "logprob": own.detach()}
+        law = full.new_zeros(offset.numel()).index_add(0, full_slot.flatten(), full.flatten())
+        return law.index_add(0, q.slot, part), {"entropy": entropy, "logprob": own.detach()}
 
     student_law, stats = text_law(student, student_queries)
     with torch.no_grad():
         teacher_law, _ = text_law(teacher, teacher_queries)
 
-    # what one vocabulary cannot write at all is part of "anything else" for both
-    shared = (counted & (student_law != 0) & (teacher_law != 0)).nonzero()[:, 0]  # NaN stays
-    logq, logp, offset = student_law[shared].log(), teacher_law[shared].log(), offset[shared]
+    # what one vocabulary cannot write at all is part of "anything else" for both; NaN stays
+    shared = counted & (student_law != 0) & (teacher_law != 0)
+    logq, logp = (law.where(shared, 1.0).log() for law in (student_law, teacher_law))  # log 1 on both sides: 0
     # what is left for "anything else"
-    rest = lambda law: (1 - law.new_zeros(num_offsets).index_add(0, offset, law[shared])).clamp_min(1e-12).log()
+    rest = lambda law: (
+        (1 - law.new_zeros(num_offsets).index_add(0, offset, law.where(shared, 0.0))).clamp_min(1e-12).log()
+    )
     values = divergence(rest(teacher_law), rest(student_law), beta, scale)
     values = values.index_add(0, offset, divergence(logp, logq, beta, scale))
     return Loss(values.sum(), values.detach(), stats)

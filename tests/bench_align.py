@@ -27,9 +27,9 @@ import gold_data
 ROOT = Path(__file__).parent.parent
 
 
-def module_at(revision: str) -> ModuleType:
-    """gold_data as it was."""
-    text = subprocess.run(["git", "show", f"{revision}:gold_data.py"], cwd=ROOT, capture_output=True, check=True).stdout
+def module_at(revision: str, name: str = "gold_data") -> ModuleType:
+    """A file as it was."""
+    text = subprocess.run(["git", "show", f"{revision}:{name}.py"], cwd=ROOT, capture_output=True, check=True).stdout
     with tempfile.TemporaryDirectory() as folder:
         (path := Path(folder) / "before.py").write_bytes(text)
         spec = importlib.util.spec_from_file_location(path.stem, path)

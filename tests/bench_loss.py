@@ -3,6 +3,8 @@
     python tests/bench_loss.py                                   our rows, and the peers' if they are installed
     python tests/bench_loss.py --peers /path/to/venv/bin/python  the peers' rows from another environment
                                                                  (pip install trl==1.16.0 liger-kernel tyro)
+    python tests/bench_loss.py --before ce7a2a6                  ours alone against an earlier gold_loss, alternating:
+                                                                 16 completions, hidden sizes of the embedded job
 
 One completion of 250, 500 or 1000 tokens behind a prompt of 30 % of all tokens, vocabularies of 32,000 and 151,936
 entries, hidden sizes 256 (student) and 512 (teacher), random weights. CPU: float32, one thread, a forked process per
@@ -14,6 +16,7 @@ import collections
 import functools
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -30,6 +33,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent / folder) for folder in ("tests
 import bins_loss  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from bench_align import module_at  # noqa: E402
 from conftest import LongestMatch  # noqa: E402
 
 import gold_data  # noqa: E402
@@ -74,25 +78,27 @@ def tokenize(v: LongestMatch, data: bytes, most: int) -> tuple[list[int], np.nda
 class Inputs:
     """Hidden states and heads of a student and a teacher, for one tokenizer or two (`cross`)."""
 
-    def __init__(self, vocab: int, length: int, cross: bool):
+    def __init__(self, vocab: int, length: int, cross: bool, completions: int = 1, hidden=None):
         self.prompt, generator = round(length * 0.3 / 0.7), torch.Generator().manual_seed(0)
         kind = torch.bfloat16 if DEVICE == "cuda" else torch.float32
         random = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE, kind)
         put = lambda x: torch.as_tensor(np.ascontiguousarray(x)).to(DEVICE)
-        self.student_ids = self.teacher_ids = torch.randint(vocab, (length,), generator=generator).to(DEVICE)
+        ids = torch.randint(vocab, (length * completions,), generator=generator).to(DEVICE)
+        self.student_ids = self.teacher_ids = ids
         if cross:
-            self.vocabularies = vocabulary(vocab, 12), vocabulary(vocab, 5)
-            s_ids, s_ends = tokenize(self.vocabularies[0], text(), length - 1)
-            data = text()[: s_ends[-1]]
-            t_ids, t_ends = tokenize(self.vocabularies[1], data, 10**9)
-            queries = gold_data.prefix_queries(*self.vocabularies, s_ids + [vocab - 1], t_ids + [vocab - 1], data, True)
-            self.ends = [np.append(e, len(data) + 1) for e in (s_ends, t_ends)]
-            alignment = gold_data.Alignment(
-                t_ids, length, len(t_ids) + 1, *gold_data.spans(*self.ends), len(data), len(data), queries
-            )
-            alignment.teacher_ids.append(vocab - 1)
-            sample = gold_data.Sample([0], s_ids + [vocab - 1], True, True, [0], alignment=alignment)
-            self.batch = gold_data.collate([sample]).to(DEVICE)
+            self.vocabularies, samples, at = (vocabulary(vocab, 12), vocabulary(vocab, 5)), [], 0
+            for _ in range(completions):
+                s_ids, s_ends = tokenize(self.vocabularies[0], text()[at:], length - 1)
+                data = text()[at : at + s_ends[-1]]
+                t_ids, t_ends = tokenize(self.vocabularies[1], data, 10**9)
+                ids, at = (s_ids + [vocab - 1], t_ids + [vocab - 1]), at + len(data)
+                queries = gold_data.prefix_queries(*self.vocabularies, *ids, data, True)
+                self.ends = [np.append(e, len(data) + 1) for e in (s_ends, t_ends)]
+                alignment = gold_data.Alignment(
+                    ids[1], length, len(ids[1]), *gold_data.spans(*self.ends), len(data), len(data), queries
+                )
+                samples.append(gold_data.Sample([0], ids[0], True, True, [0], alignment=alignment))
+            self.batch = gold_data.collate(samples).to(DEVICE)
             self.student_ids, self.teacher_ids = self.batch.student_targets, self.batch.teacher_targets
             both = zip(self.vocabularies, (self.batch.student_queries, self.batch.teacher_queries))
             self.queries = [gold_loss.Queries(order=put(v.order), edge=put(v.edge), **q) for v, q in both]
@@ -102,8 +108,9 @@ class Inputs:
                 tuple(map(put, gold_data.shared_ids(*self.vocabularies))),
             )
         rows_s, rows_t = self.prompt + len(self.student_ids), self.prompt + len(self.teacher_ids)
-        self.hidden, self.teacher_hidden = random(rows_s, STUDENT_HIDDEN), random(rows_t, TEACHER_HIDDEN)
-        self.weight, self.teacher_weight = random(vocab, STUDENT_HIDDEN), random(vocab, TEACHER_HIDDEN)
+        h, d = hidden or (STUDENT_HIDDEN, TEACHER_HIDDEN)
+        self.hidden, self.teacher_hidden = random(rows_s, h), random(rows_t, d)
+        self.weight, self.teacher_weight = random(vocab, h), random(vocab, d)
         self.weight *= 0.1
         self.teacher_weight *= 0.1
         self.hidden.requires_grad_(), self.weight.requires_grad_()
@@ -235,6 +242,63 @@ BUFFERS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# before and after
+
+
+def queries_before(x: Inputs, module) -> list:
+    """The queries in the form that gold_loss had up to 72ac75b, where that is what `module` reads."""
+    if "path" not in module.Queries.__dataclass_fields__:
+        return [module.Queries(**vars(q)) for q in x.queries]
+    out, (outcomes, offsets) = [], (x.batch.offset.numel(), x.batch.offset_sample.numel())
+    for q in x.queries:
+        lo, hi = (torch.zeros_like(q.row).index_copy(0, q.wide, ends) for ends in (q.lo, q.hi))
+        lo = lo.scatter_reduce(0, q.narrow, q.place, "amin", include_self=False)
+        hi = hi.scatter_reduce(0, q.narrow, q.place + 1, "amax", include_self=False)
+        slot = torch.cat([torch.full_like(q.start, outcomes + offsets), q.slot, outcomes + q.total])
+        by = q.row.argsort(stable=True)
+        path = (by < len(q.start)).nonzero()[:, 0]
+        columns = (c[by] for c in (q.row, lo, hi, slot))
+        out.append(module.Queries(q.order, q.edge, *columns, path, q.start, q.full_row, q.full_slot))
+    return out
+
+
+def ratios(revision: str, rounds: int = 7) -> None:
+    """Medians of alternating rounds, value and gradient of the head compared."""
+    before = module_at(revision, "gold_loss")
+    print("| loss | V | completions | hidden | before, CPU s | now, CPU s | ratio |\n" + "|---" * 7 + "|")
+    cases = [("prefix", 8000, n, h) for n in (64, 256) for h in ((96, 96), (STUDENT_HIDDEN, TEACHER_HIDDEN))]
+    for name, vocab, length, hidden in [*cases, ("fused_jsd", 32_000, 64, (96, 96)), ("alm", 8000, 64, (96, 96))]:
+        x = Inputs(vocab, length, name != "fused_jsd", 16, hidden)
+        if name == "prefix":
+            asked, m = {before: queries_before(x, before), gold_loss: x.queries}, x.batch.offset_sample.numel()
+            all_told = torch.where(x.batch.offset < 0, -1 - x.batch.offset, x.batch.offset)  # there was no other kind
+            offsets = {before: all_told, gold_loss: x.batch.offset}
+        times, found = {before: [], gold_loss: []}, {}
+        for _ in range(rounds):
+            for module in times:
+                x.hidden.grad = x.weight.grad = None
+                as_side = lambda s, module=module: module.Side(s.hidden, module.Head(s.head.weight), s.ids, s.span)
+                start, sides = time.process_time(), [as_side(s) for s in x.sides()]
+                if name == "prefix":
+                    loss = module.prefix_loss(*sides, *asked[module], offsets[module], m, BETA).total
+                elif name == "alm":
+                    with torch.no_grad():
+                        logprobs = module.token_logprobs(sides[1])[0]
+                    loss = module.alm_loss(sides[0], logprobs, sides[1].span).total
+                else:
+                    loss = module.fused_jsd(*sides, BETA).total
+                loss.backward()
+                times[module].append(time.process_time() - start)
+                found[module] = loss.item(), x.weight.grad
+        (old, old_grad), (new, new_grad) = found.values()
+        apart = ((old_grad - new_grad).norm() / old_grad.norm()).item()
+        assert math.isclose(old, new, rel_tol=1e-4) and apart < 1e-3, (name, old, new, apart)
+        a, b = (float(np.median(t[1:])) for t in times.values())
+        sizes = f"{vocab:,} | 16 x {length} | {hidden[0]}, {hidden[1]}"
+        print(f"| {name} | {sizes} | {a:.3f} | {b:.3f} | {a / b:.2f}x |", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # measuring
 
 
@@ -345,9 +409,13 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=8.0, help="GB; cases that would need more are left out")
     parser.add_argument("--vocabularies", type=int, nargs="*", default=VOCABULARIES)
     parser.add_argument("--only", default="", help="part of the names of the cases to run")
+    parser.add_argument("--before", metavar="REVISION", help="of gold_loss, to compare with")
     for flag in ("--serve", "--ours"):
         parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.before:
+        torch.set_num_threads(1)
+        return ratios(args.before)
     if args.serve:
         installed = lambda name: importlib.util.find_spec("trl" if name.startswith("TRL") else "liger_kernel")
         for cross, (ours, theirs) in ((False, (ONE, ONE_PEERS)), (True, (TWO, TWO_PEERS))):

@@ -998,29 +998,41 @@ def test_a_batch_is_its_samples_padded_and_counted_on(pair, drawn, rng):
 
 
 def check_batch_queries(batch, parts):
-    """The queries of each sample, found again in those of the batch."""
+    """The queries of each sample, found again in those of the batch: own tokens, then outcomes, then totals."""
     outcomes, totals = [len(p[2]) for p in parts], [p[3] for p in parts]
     assert batch.offset.tolist() == [int(o) + sum(totals[:i]) for i, p in enumerate(parts) for o in p[2]]
     assert batch.offset_sample.tolist() == [i for i, m in enumerate(totals) for _ in range(m)]
     for side, got in enumerate((batch.student_queries, batch.teacher_queries)):
-        expected = {k: [] for k in ("row", "lo", "hi", "slot", "path", "start", "full_row", "full_slot")}
+        own, named, total, start, full = [], [], [], [], []
         for i, part in enumerate(parts):
-            q, rows, queries = part[side], len(expected["path"]), len(expected["row"])
-            expected["start"] += [rows] * len(q["path"])
-            expected["path"] += [int(x) + queries for x in q["path"]]
-            expected["row"] += [int(x) + rows for x in q["row"]]
-            expected["lo"] += q["lo"].tolist()
-            expected["hi"] += q["hi"].tolist()
-            expected["full_row"] += [int(x) + rows for x in q["full_row"]]
-            expected["full_slot"] += [int(x) + sum(outcomes[:i]) for x in q["full_slot"]]
-            for slot in q["slot"].tolist():
-                if slot >= 0:
-                    expected["slot"].append(slot + sum(outcomes[:i]))
-                elif slot >= -totals[i]:
-                    expected["slot"].append(sum(outcomes) + sum(totals[:i]) - 1 - slot)
+            q, rows = part[side], len(start)
+            start += [rows] * len(q["path"])
+            columns = (q[key].tolist() for key in ("row", "lo", "hi", "slot"))
+            for e, (row, lo, hi, slot) in enumerate(zip(*columns)):
+                asked = row + rows, set(range(lo, hi))
+                if e in q["path"]:
+                    own.append(asked)
+                elif slot >= 0:
+                    named.append((*asked, slot + sum(outcomes[:i])))
                 else:
-                    expected["slot"].append(sum(outcomes) + sum(totals))
-        assert {k: v.tolist() for k, v in got.items()} == expected
+                    total.append((*asked, sum(totals[:i]) - 1 - slot))
+            full += [(int(r) + rows, int(f) + sum(outcomes[:i])) for r, f in zip(q["full_row"], q["full_slot"])]
+        bounds = got["bounds"]
+        got = {k: v.tolist() for k, v in got.items() if k != "bounds"}
+        ranges = [set() for _ in got["row"]]
+        for e, place in zip(got["narrow"], got["place"]):
+            ranges[e].add(place)
+        for e, lo, hi in zip(got["wide"], got["lo"], got["hi"]):
+            assert not ranges[e] and hi - lo > gold_data.NARROW
+            ranges[e] |= set(range(lo, hi))
+        n, k = len(own), len(named)
+        assert list(zip(got["row"], ranges)) == own + [x[:2] for x in named + total]
+        assert got["slot"] == [x[2] for x in named] and got["total"] == [x[2] for x in total]
+        assert len(got["row"]) == n + k + len(total) and got["start"] == start
+        assert list(zip(got["full_row"], got["full_slot"])) == full
+        for bound, reads in zip(bounds, ([got["row"][e] for e in got[key]] for key in ("narrow", "wide"))):
+            assert reads == sorted(reads) and bound == [sum(r < i for r in reads) for i in range(n + 1)]
+        assert bounds[2] == [sum(r < i for r, _ in full) for i in range(n + 1)]
 
 
 def test_with_one_vocabulary_both_models_read_the_same_completion_after_prompts_of_their_own():

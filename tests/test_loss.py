@@ -302,6 +302,68 @@ def test_cross_entropy_and_token_logprobs():
                 assert torch.allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.parametrize("kept", [0, 40, 10**6])  # entries of laws that wait for the backward pass: 40 are two chunks
+@pytest.mark.parametrize("softcap,masked", [(None, ()), (3.0, (2, 5))])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_is_read_of_laws_has_the_values_and_gradients_of_autograd(dtype, softcap, masked, kept, monkeypatch):
+    """Single tokens, also twice; ranges, also nested, empty and of everything; at a temperature."""
+    monkeypatch.setitem(gold_loss.KEPT, "cpu", kept)
+    student, _ = heads()
+    inputs = [x.detach().to(dtype) for x in (student.hidden, student.head.weight, student.head.bias)]
+    inputs[2][list(masked)] = -math.inf
+    for x in inputs:
+        x.requires_grad_()
+    side = Side(inputs[0], Head(*inputs[1:], 0.5, softcap), temperature=0.7)
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
+    rows, ids = torch.tensor([0, 0, 1, 3, 3, 6]), torch.tensor([4, 4, 7, 0, 10, 1])
+    lo, hi = torch.tensor([0, 2, 3, 5, 5, 10]), torch.tensor([11, 9, 5, 5, 11, 11])
+    bound = [int((rows < i).sum()) for i in range(8)]
+    square = rows[:2, None].expand(2, 3), torch.tensor([0, 3, 3]).expand(2, 3), torch.tensor([3, 3, 8]).expand(2, 3)
+    ranges = (rows, lo, hi, bound), (*square, [min(b, 2) for b in bound])
+    entropy, *got = gold_loss._law_reads(side, 2, (rows, ids, bound), order, ranges)
+
+    x, w, b = (x.detach().double().requires_grad_() for x in inputs)
+    z = 0.5 * (x @ w.T + b)
+    logp = ((softcap * (z / softcap).tanh() if softcap else z).clamp_min(-1e6) / 0.7).log_softmax(-1)
+    mass = lambda r, a, b: logp[r, order[a:b]].exp().sum()
+    expected = [logp[rows, ids], torch.stack(list(map(mass, rows, lo, hi)))]
+    expected.append(torch.stack(list(map(mass, *(c.flatten() for c in square)))).view(2, 3))
+    close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    weights = [logits(*e.shape, seed=i) for i, e in enumerate(expected)]
+    total = lambda reads: sum((w * r).sum() for w, r in zip(weights, reads))
+    assert torch.allclose(entropy.double(), -(logp.exp() * logp).sum(-1), **close)
+    assert all(torch.allclose(a, e, **close) for a, e in zip(got, expected))
+    wanted = torch.autograd.grad(total(expected), (x, w, b))
+    for again in (True, False):  # the second pass has nothing that was kept
+        found = torch.autograd.grad(total(got), inputs, retain_graph=again)
+        for a, e in zip(found, wanted):
+            assert torch.allclose(a.double(), e.nan_to_num(0.0), **close)
+
+
+def test_no_loss_but_alm_waits_for_the_device_and_alm_once(monkeypatch):
+    """On `meta` tensors, which have no values, every look at one fails."""
+    for table in (gold_loss.CHUNK, gold_loss.KEPT):
+        monkeypatch.setitem(table, "meta", table["cpu"])
+    batch, _, s, t = problem()
+    m, batch, away = len(batch.offset_sample), batch.to("meta"), lambda x: x.to("meta")
+    tables = [(LongestMatch(v), q) for v, q in ((STUDENT, batch.student_queries), (TEACHER, batch.teacher_queries))]
+    q = [gold_loss.Queries(order=away(torch.tensor(v.order)), edge=away(torch.tensor(v.edge)), **q) for v, q in tables]
+    head = lambda z: Head(away(torch.eye(z.size(1), dtype=z.dtype)))
+    ours = Side(away(s).requires_grad_(), head(s), batch.student_targets, batch.student_span)
+    theirs = Side(away(t), head(t), batch.teacher_targets, batch.teacher_span)
+    same = Side(away(s), head(s), batch.student_targets)
+    for loss in (
+        gold_loss.prefix_loss(ours, theirs, *q, batch.offset, m, 0.5),
+        gold_loss.fused_jsd(ours, same, 0.5),
+        gold_loss.fused_cross_entropy(ours),
+    ):
+        loss.total.backward()
+    with pytest.raises(RuntimeError, match="item"):
+        gold_loss.alm_loss(ours, away(torch.zeros(len(t))), theirs.span)
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda x: 12)  # the one look, at the number of spans
+    gold_loss.alm_loss(ours, away(torch.zeros(len(t))), theirs.span).total.backward()
+
+
 # ---------------------------------------------------------------------------------------------- sparse and sharded
 
 
