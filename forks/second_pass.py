@@ -61,7 +61,7 @@ def tree_of(v: Vocabulary, text: bytes, offsets: int) -> dict[str, np.ndarray]:
                 parent.append(nodes[context[: n - 1]])
                 nodes[context[:n]] = len(nodes)
         at[m] = nodes[context]
-    start, node_at = np.array([*at]), np.array([*at.values()])
+    start, node_at = (np.array([*x], dtype=np.int64) for x in (at, at.values()))
     index, end, prefix = v.tree.walk(np.frombuffer(text[:offsets], np.uint8).astype(np.int64), start)
     inside = (end > start[index]) & (end < offsets)
     index, end, prefix = index[inside], end[inside], prefix[inside]

@@ -223,9 +223,9 @@ for ids in ("*i64", "constexpr"):
 @triton
 def test_the_kernel_for_gpus_compiles_for_one():
     """To machine code of sm_90: the interpreter accepts what the compiler does not."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": "."}
-    where = os.path.dirname(gold_loss.__file__)
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, cwd=where, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # gold_loss is there, and triton
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
