@@ -552,6 +552,7 @@ class Encoder:
     cross_tokenizer: bool
     prefix: bool
     template: str | None = None  # of the teacher's prompts: see gold_data.privileged
+    teacher_positions: float = math.inf  # that its prompt and completion may have
 
     def prompts(self, row: Row) -> tuple[list[int], list[int], str | None]:
         """(student's prompt ids, teacher's, the answer that the row has for them)"""
@@ -581,7 +582,8 @@ class Encoder:
     def align(self, sample: Sample) -> Sample:
         if self.cross_tokenizer:
             both, ids = (self.student, self.teacher), sample.completion_ids
-            sample.alignment = gold_data.align(*both, ids, sample.finished, self.prefix)
+            room = self.teacher_positions - len(sample.teacher_prompt_ids)
+            sample.alignment = gold_data.align(*both, ids, sample.finished, self.prefix, room)
         return sample
 
 

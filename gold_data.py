@@ -1358,7 +1358,7 @@ class Alignment:
     num_bytes: int  # of the completion
     scored_bytes: int  # of them compared
     prefix: tuple | None = None  # what prefix_queries returned
-    unwritten: int = 0  # bytes from the first on that the teacher's tokenizer cannot write, or normalises to others
+    unwritten: int = 0  # bytes from the first on that the teacher cannot write, normalises to others or has no room for
 
 
 def same_vocabulary(a: Vocabulary, b: Vocabulary) -> bool:
@@ -1368,14 +1368,15 @@ def same_vocabulary(a: Vocabulary, b: Vocabulary) -> bool:
 
 
 def align(
-    student: Vocabulary, teacher: Vocabulary, completion_ids: list[int], finished: bool, prefix: bool
-) -> Alignment:
+    student: Vocabulary, teacher: Vocabulary, completion_ids: list[int], finished: bool, prefix: bool,
+    room: float = math.inf,
+) -> Alignment:  # fmt: skip
     """Find the teacher's tokens for the text of a sampled or encoded completion, and where the two meet.
 
     The text is the bytes of the student's ids as they are, never decoded and never re-tokenised for the student. The
     end token is part of it only where the student really stopped. If an id in the middle writes nothing (a special
     token that the teacher does not have) it counts as text of length 0, in no span. If the teacher cannot write some
-    byte, everything from there on is left out: see `unwritten`.
+    byte, or has no `room` for so many tokens, everything from there on is left out: see `unwritten`.
     """
     content = completion_ids[:-1] if finished else completion_ids
     text, student_ends = student.join(content), student.lengths[content].cumsum()
@@ -1384,6 +1385,8 @@ def align(
     teacher_ids, teacher_ends = teacher.encode(text)
     if teacher.lossy and len(teacher_ends):
         teacher_ends[-1] = len(text)
+    most = int(max(0, min(len(teacher_ids), room - finished)))
+    teacher_ids, teacher_ends = teacher_ids[:most], teacher_ends[:most]
     unwritten = len(text) - int(teacher_ends[-1] if len(teacher_ends) else 0)
     complete = finished and not unwritten
     common = np.intersect1d(student_ends, teacher_ends)
@@ -1436,6 +1439,7 @@ class Batch:
     student_targets: Tensor  # (C,)
     student_sample: Tensor  # (C,) which of the B samples
     scored: Tensor  # (N,) those of the C rows that the distillation loss scores
+    written: Tensor  # (W,) those of off-policy samples
     on_policy: Tensor  # (B,) bool
     sampler_logprobs: Tensor  # (C,) what the sampler said, nan off-policy
     teacher_ids: Tensor | None = None  # (B, S)
@@ -1451,10 +1455,10 @@ class Batch:
     offset_sample: Tensor | None = None  # (M,)
 
     def to(self, device) -> "Batch":
-        to = lambda x: (
-            {k: to(v) for k, v in x.items()} if type(x) is dict else x.to(device) if torch.is_tensor(x) else x
+        put = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+        return Batch(
+            **{k: {n: put(x) for n, x in v.items()} if type(v) is dict else put(v) for k, v in vars(self).items()}
         )
-        return Batch(**to(vars(self)))
 
 
 def _side(prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -1476,6 +1480,7 @@ def collate(samples: list[Sample], with_teacher: bool = True) -> Batch:
         *_side([s.prompt_ids for s in samples], completions),
         student_sample=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
         scored=torch.cat([n + torch.arange(s.num_tokens) for n, s in zip(counts.cumsum() - counts, samples)]),
+        written=torch.from_numpy(np.repeat([not s.on_policy for s in samples], counts).nonzero()[0]),
         on_policy=torch.tensor([s.on_policy for s in samples]),
         sampler_logprobs=torch.tensor([x for s in samples for x in s.logprobs or [math.nan] * len(s.completion_ids)]),
     )

@@ -172,8 +172,7 @@ def jsd(
 ) -> Tensor:
     """Generalized JSD between next-token laws: the definition that every fast form is tested against.
 
-    Args: logits (N, V) of both models over one vocabulary; beta and scale as in `divergence`.
-    Returns: (N,) nats per position, computed in float32 at least.
+    Args: logits (N, V) of both models over one vocabulary. Returns: (N,) nats, computed in float32 at least.
     """
     logq, logp = (F.log_softmax(_wide(z) / temperature, dim=-1) for z in (student_logits, teacher_logits))
     return divergence(logp, logq, beta, scale).sum(-1)
@@ -194,10 +193,7 @@ def _chunks(num_rows: int, head: Head, chunk: int | None) -> list[slice]:
 
 
 def _project(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
-    """Logits (n, V) of a chunk, float32 at least; `weight` is head.weight in the precision of hidden.
-
-    An id that is masked by -inf is as good as masked by MASKED, and nothing after it meets 0 x inf.
-    """
+    """Logits (n, V) of a chunk in float32 at least, by the `weight` in hidden's dtype; MASKED, not -inf: no 0 x inf."""
     unrounded = (
         {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype.itemsize == 2 else {}
     )  # no kernel on CPUs
@@ -388,11 +384,15 @@ def _part(rows: slice, row: Tensor, *columns) -> tuple[Tensor, ...]:
     return row[part] - rows.start, *(x[part] for x in columns[:-1])
 
 
+def _law_reads(side: Side, chunk: int | None, tokens: tuple, order: Tensor | None = None, ranges=()) -> tuple:
+    head = side.head.at(side.temperature)
+    return _LawReads.apply(head, chunk, tokens, order, ranges, side.hidden, head.weight, head.bias)
+
+
 def token_logprobs(side: Side, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Log probability (N,) float64 of each row's own token, with gradient, and the entropy (N,) of each row's law."""
-    head, rows = side.head.at(side.temperature), torch.arange(len(side.ids), device=side.ids.device)
-    tokens, inputs = (rows, side.ids, range(len(rows) + 1)), (side.hidden, head.weight, head.bias)
-    entropy, logp = _LawReads.apply(head, chunk, tokens, None, (), *inputs)
+    rows = torch.arange(len(side.ids), device=side.ids.device)
+    entropy, logp = _law_reads(side, chunk, (rows, side.ids, range(len(rows) + 1)))
     return logp.clamp_min(FLOOR), entropy
 
 
@@ -536,8 +536,7 @@ def topk_jsd(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Generalized JSD over k named tokens and one bucket for all others: what a served teacher can tell.
 
-    The coarsening of both laws to k + 1 outcomes, so a lower bound of `jsd`, and never a renormalised top-k: that says
-    nothing about what the student puts on all other tokens.
+    The coarsening of both laws to k + 1 outcomes: a lower bound of `jsd`; a renormalised top-k would forget the rest.
 
     Args: student_logits (N, V); ids (N, k), distinct within a row; teacher_logprobs (N, k) of those ids.
     Returns: (N,) values and {"teacher_mass", "student_mass"}: (N,) probability on the named tokens.
@@ -712,10 +711,10 @@ def prefix_loss(
 
     def text_law(side: Side, q: Queries) -> tuple[Tensor, dict[str, Tensor]]:
         """Probabilities (O,) of the outcomes: sums of path times range, over the total of the outcome's offset."""
-        inputs, whole = (side.hidden, side.head.weight, side.head.bias), (q.full_row.size(0), 257)
+        whole = q.full_row.size(0), 257
         tokens, wide = (q.row[q.narrow], q.order[q.place], q.bounds[0]), (q.row[q.wide], q.lo, q.hi, q.bounds[1])
         full = *(x.expand(whole) for x in (q.full_row[:, None], q.edge[:-1], q.edge[1:])), q.bounds[2]
-        entropy, few, many, full = _LawReads.apply(side.head, chunk, tokens, q.order, (wide, full), *inputs)
+        entropy, few, many, full = _law_reads(side, chunk, tokens, q.order, (wide, full))
         mass = _segment_logsumexp(few, q.narrow, q.row.size(0)).index_copy(0, q.wide, many.clamp_min(TINY).log())
         full = full.clamp_min(TINY) * (q.edge.diff() > 0)  # only what a vocabulary cannot write at all is 0
         own, *_ = mass.split(sizes := [q.start.numel(), q.slot.numel(), q.total.numel()])

@@ -83,7 +83,8 @@ class Config:
     max_length: int = 1024  # prompt + completion in student tokens; rows with longer prompts are dropped and counted
     max_completion_length: int = 512  # sampled or written completion in student tokens
     # ---- window: batch size x accumulation steps = prompts x num_generations
-    per_device_train_batch_size: int = 4  # completions per micro-batch and rank: decides speed and memory only
+    per_device_train_batch_size: int = 4  # most completions per micro-batch and rank: speed and memory only
+    max_tokens_per_micro_batch: int = 0  # completions x longest, padding included, and no more; 0: no such limit
     gradient_accumulation_steps: int = 8  # micro-batches per optimizer step
     num_generations: int = 1  # completions per on-policy prompt
     num_train_epochs: float = 1.0  # passes over the data set
@@ -95,9 +96,8 @@ class Config:
     top_p: float = 1.0  # nucleus of the samples; 1: off
     top_k: int = 0  # likeliest tokens of the samples; 0: off
     sampler: Literal["auto", "hf", "vllm"] = "auto"  # who generates; auto: vLLM if installed and there is a GPU
-    sampler_device: str | None = None  # device of the hf sampler's copy with lag > 0; none: the student's
     lag: Literal[0, 1, 2] = 0  # sample with weights this many steps old, while training goes on; 0: newest weights
-    vllm_memory: float = 0.3  # KV cache: share of the device's memory, or bytes if above 1
+    vllm_memory: float = 0.3  # share of the GPU for the whole engine, weights included; above 1: bytes of KV cache
     vllm_tensor_parallel_size: int = 1  # neighbouring ranks that form one engine
     # ---- loss
     beta: float = 0.5  # 0: KL(teacher||student), mean seeking; 1: KL(student||teacher), mode seeking
@@ -115,7 +115,7 @@ class Config:
     # ---- evaluation: in a child process
     eval_tasks: tuple[str, ...] = ()  # like countdown gsm8k=test.jsonl (gold_eval.py); none: no evaluation
     eval_steps: int = 0  # optimizer steps between evaluations; 0: only before and after training
-    eval_gpu: str = "auto"  # index of a GPU that no rank uses, same (rank 0's), or cpu; auto: a free one, else same
+    eval_gpu: str = "auto"  # index of a GPU that no rank uses, same (rank 0's), or cpu; auto: a free one
     eval_max_samples: int = 256  # rows per task
     eval_max_new_tokens: int | None = None  # most tokens of an answer; none: max_completion_length
     eval_policy: Literal["drop_oldest", "wait"] = "drop_oldest"  # when an evaluation is still waiting
@@ -167,6 +167,12 @@ def configuration() -> Config:
     return parse(Config(**saved | {"resume": True, "output_dir": str(path.parent)}))
 
 
+LESS_MEMORY = (
+    "take less with --gradient-checkpointing, a lower --vllm-memory, --max-tokens-per-micro-batch or --max-length, or "
+    "use more GPUs with --shard all, --teacher-device shard"
+)
+
+
 @contextmanager
 def one_clear_line() -> Iterator[None]:
     """What a user can put right ends in one line and exit code 1; anything else is a bug and keeps its traceback."""
@@ -174,6 +180,8 @@ def one_clear_line() -> Iterator[None]:
         yield
     except (ValueError, OSError) as e:
         raise SystemExit(f"gold_train.py: {e}") from e
+    except torch.OutOfMemoryError as e:
+        raise SystemExit(f"gold_train.py: {str(e).partition('. ')[0]}: {LESS_MEMORY}") from e
 
 
 @contextmanager
@@ -275,6 +283,7 @@ IN_RANGE = """
 1 1e18 max_completion_length teacher_top_k vllm_tensor_parallel_size save_total_limit eval_max_samples
 1 1e18 eval_max_new_tokens
 0 1e18 temperature top_k ce_weight learning_rate weight_decay eval_steps early_stop save_steps save_minutes seed
+0 1e18 max_tokens_per_micro_batch
 1e-9 1e18 num_train_epochs loss_temperature max_grad_norm vllm_memory eval_timeout
 0 1 lmbda beta eval_ratio warmup_ratio
 1e-9 1 top_p
@@ -294,7 +303,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
         need(
             len(set(seen)) == 1, f"{path} is there for {sum(seen)} of {len(seen)} ranks: machines need a shared folder"
         )
-    batch, group = c.per_device_train_batch_size, c.vllm_tensor_parallel_size
+    batch, most, group = c.per_device_train_batch_size, c.max_tokens_per_micro_batch, c.vllm_tensor_parallel_size
     used, split = batch * c.gradient_accumulation_steps, c.shard != "none" or c.teacher_device == "shard"
     template_options(c.template_options)
     gold_data.read_template(c.teacher_prompt_template)
@@ -307,7 +316,7 @@ def check(cfg: Config, ranks: Ranks) -> None:
     answers, evaluated = c.lmbda == 0 and c.ce_weight > 0 and not c.seq_kd, c.eval_tasks or c.eval_ratio
     key = os.environ.get(c.teacher_key or "", "").strip()
     known = not c.teacher_key or served and key and key.isascii() and key.isprintable()
-    ours = gpus(c, "teacher_device") & {*range(ranks.local_world_size)} if ranks.local_world_size > 1 else set()
+    ours = teacher_gpu(c) & {*range(ranks.local_world_size)} if ranks.local_world_size > 1 else set()
     rules = {
         f"the window does not divide: per_device_train_batch_size {batch} x gradient_accumulation_steps = {used} "
         f"completions, num_generations {c.num_generations} of each prompt": used % c.num_generations == 0,
@@ -334,7 +343,8 @@ def check(cfg: Config, ranks: Ranks) -> None:
         "lag is for sampling ahead, and lmbda 0 samples nothing: --lag 0": c.lmbda > 0 or c.lag == 0,
         "the hf sampler has no tensor parallelism: --vllm-tensor-parallel-size 1": engine != "hf" or group == 1,
         f"{ranks.world_size} ranks do not divide by vllm_tensor_parallel_size {group}": ranks.world_size % group == 0,
-        "sampler_device is for the copy of --sampler hf with --lag 1": not c.sampler_device or engine == "hf" and c.lag,
+        f"max_tokens_per_micro_batch {most} cannot hold a row of max_length {c.max_length}": not most
+        or most >= c.max_length,
         "eval_steps has nothing to evaluate: name --eval-tasks or an --eval-ratio": evaluated or not c.eval_steps,
         f"save_best {c.save_best} is not among the numbers of the eval_tasks: {numbers}": c.save_best in best,
         "early_stop needs save_best: what should get better?": not c.early_stop or c.save_best,
@@ -357,28 +367,28 @@ def template_options(text: str | None) -> dict[str, dict | None]:
     return options
 
 
-def gpus(cfg: Config, *names: str) -> set[int]:
-    """Indices of the GPUs that these flags name. Raises ValueError for a device that is not here."""
-    found = set()
-    for name, text in ((name, getattr(cfg, name) or "cpu") for name in names):
-        match = re.fullmatch("cuda(?::([0-9]+))?", text)
-        here = match and int(match[1] or 0) < torch.cuda.device_count()
-        here = here or (name, text) == ("teacher_device", "shard")
-        need(here or text == "cpu", f"{name}: there is no device {text!r} here")
-        found |= {int(match[1] or 0)} if match else set()
-    return found
+def teacher_gpu(cfg: Config) -> set[int]:
+    """Index of the GPU that --teacher-device names, if it names one. Raises ValueError for a device not here."""
+    name = cfg.teacher_device or "cpu"
+    match = re.fullmatch("cuda(?::([0-9]+))?", name)
+    here = match and int(match[1] or 0) < torch.cuda.device_count()
+    need(here or name in ("cpu", "shard"), f"teacher_device: there is no device {name!r} here")
+    return {int(match[1] or 0)} if match else set()
 
 
 def eval_device(cfg: Config, ranks: Ranks) -> str:
-    """Device of the evaluation child. Raises ValueError for a GPU that a training rank or the teacher uses."""
-    used = gpus(cfg, "teacher_device", "sampler_device") | {*range(ranks.local_world_size)}
+    """Device of the evaluation child. Raises ValueError for a GPU that trains or teaches, unless it was asked for."""
+    used = teacher_gpu(cfg) | {*range(ranks.local_world_size)}
     free = [str(i) for i in range(torch.cuda.device_count()) if i not in used]
-    why = f"GPUs {sorted(used)} train and teach: choose auto, same, cpu or one of {free}, or start fewer ranks"
-    need(cfg.eval_gpu in ("auto", "same", "cpu", *free), f"eval_gpu {cfg.eval_gpu} is not free. {why}")
-    if cfg.eval_gpu == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    chosen = {"same": ranks.local_rank, "auto": (*free, ranks.local_rank)[0]}
-    return f"cuda:{chosen.get(cfg.eval_gpu, cfg.eval_gpu)}"
+    known = {"same": f"cuda:{ranks.local_rank}", "cpu": "cpu"} | {i: f"cuda:{i}" for i in free}
+    if not torch.cuda.is_available():
+        known = dict.fromkeys(("auto", "same", "cpu"), "cpu")
+    elif free or not cfg.eval_tasks:
+        known["auto"] = f"cuda:{(*free, '')[0]}"
+    why = f"GPUs {sorted(used)} train and teach, free are {free}. Start fewer ranks, or choose --eval-gpu same (beside "
+    why += "rank 0, if its memory has room for one more model and its cache) or cpu (slow)"
+    need(cfg.eval_gpu in known, f"eval_gpu {cfg.eval_gpu} is not free: {why}")
+    return known[cfg.eval_gpu]
 
 
 def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
@@ -573,8 +583,7 @@ def micro_batch_loss(cfg: Config, parts: Parts, batch: Batch, counts, stats) -> 
         for name in {"entropy", "teacher_mass", "student_mass", "matched", "unmatched"} & loss.stats.keys():
             stats.mean(f"actor/{name}", loss.stats[name])
     if cfg.ce_weight > 0:
-        written = (~batch.on_policy[batch.student_sample]).nonzero()[:, 0]
-        side = Side(hidden[written], parts.head, batch.student_targets[written])
+        side = Side(hidden[batch.written], parts.head, batch.student_targets[batch.written])
         loss = gold_loss.fused_cross_entropy(side)
         total = total + cfg.ce_weight * loss.total / counts[1]
         stats.add("ce", loss.values.sum())
@@ -874,7 +883,7 @@ def open_sampler(cfg: Config, student, device: torch.device, say):
     dtype, (name, revision) = compute_dtype(cfg, device), gold_data.hub_name(cfg.student_model)
     if kind == "hf":
         if cfg.lag > 0:  # windows are sampled while the original is trained
-            student = copy.deepcopy(student).to(cfg.sampler_device or device, dtype).eval().requires_grad_(False)
+            student = copy.deepcopy(student).to(dtype=dtype).eval().requires_grad_(False)
         return gold_buffer.HFSampler(student, own=cfg.lag > 0, dtype=dtype)
     how = (cfg.max_length, str(dtype)[6:], cfg.vllm_memory, cfg.vllm_tensor_parallel_size, revision)
     with torch.cuda.stream(gold_buffer.engine_stream()):
@@ -892,6 +901,55 @@ def open_optimizer(cfg: Config, student) -> torch.optim.Optimizer:
         moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
     return optimizer
+
+
+def num_parameters(name: str, revision: str | None) -> int:
+    """Of a causal LM, by its configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, revision=revision))
+    return sum(p.numel() for p in model.parameters())
+
+
+def budget(cfg: Config, ranks: Ranks, student, total: float) -> str:
+    """What a GPU of `total` bytes will hold. Raises ValueError if that is more, without any activations."""
+    size, width = sum(p.numel() for p in student.parameters()), compute_dtype(cfg, ranks.device).itemsize
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    share = {"none": 1, "node": ranks.local_world_size, "all": ranks.world_size}[cfg.shard]
+    parts = {"student with gradients and Adam": (4 * size + 12 * trained) / share}
+    if cfg.teacher_model and not cfg.teacher_url and cfg.teacher_device in (None, "shard"):
+        split = ranks.local_world_size if cfg.teacher_device else 1
+        parts["teacher"] = width * num_parameters(*gold_data.hub_name(cfg.teacher_model)) / split
+    if cfg.lmbda > 0 and gold_buffer.choose_sampler(cfg.sampler)[0] == "vllm":
+        weights = width * size / cfg.vllm_tensor_parallel_size
+        parts["engine"] = cfg.vllm_memory * total if cfg.vllm_memory <= 1 else cfg.vllm_memory + weights
+    parts["weights of earlier steps"] = width * size * (cfg.lag > 0)
+    text = ", ".join(f"{name} {x / 1e9:.1f}" for name, x in parts.items() if x) + f" of {total / 1e9:.1f} GB"
+    need(sum(parts.values()) < total, f"this does not fit on one GPU: {text}, without activations; {LESS_MEMORY}")
+    return f"memory: {text}; the rest is for activations"
+
+
+def rehearse(cfg: Config, run: "Run", row: gold_data.Row, positions: list[float], ranks: Ranks) -> str:
+    """The largest micro-batch there can be, whose gradient is dropped: memory runs out now or never."""
+    repeat = lambda ids, n: (list(ids) * n)[: max(0, int(n))]
+    encoder, most = run.buffer.encoder, cfg.max_completion_length
+    ours, theirs, text = encoder.prompts(row)
+    ids = encoder.student.encode((text or row.prompt[-1]["content"]).encode())[0]
+    sample = encoder.align(Sample(repeat(ours, cfg.max_length - most), repeat(ids, most), False, False))
+    written = sample.completion_ids if sample.alignment is None else sample.alignment.teacher_ids
+    sample.teacher_prompt_ids = repeat(theirs, min(cfg.max_length - most, positions[-1] - len(written)))
+    size, parts = len(micro_batches(cfg, [sample] * cfg.per_device_train_batch_size)[0]), run.parts
+    if isinstance(parts.teacher, gold_buffer.ServedTeacher):  # it takes no memory here
+        cfg, parts = replace(cfg, ce_weight=1.0), parts._replace(teacher=None)
+    if on_gpu := ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    batch = gold_data.collate([sample] * size, with_teacher=parts.teacher is not None).to(ranks.device)
+    micro_batch_loss(cfg, parts, batch, (1.0, 1.0), Stats()).backward()
+    run.optimizer.zero_grad(not isinstance(parts.model, DistributedDataParallel))
+    more = f", {(torch.cuda.max_memory_allocated() - before) / 1e9:.1f} GB more" if on_gpu else ""
+    return f"memory: the largest micro-batch has {size} x {cfg.max_length} tokens{more}"
 
 
 @dataclass
@@ -957,7 +1015,9 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         positions.append(gold_buffer.check_positions(*name, cfg.max_length if same else 0))
     rows, held = in_turn(ranks, functools.partial(load_data, cfg, vocabulary, teacher_vocabulary, positions, say))
     cross, length, template = loss in CROSS_LOSSES, cfg.max_completion_length, cfg.teacher_prompt_template
-    encoder = gold_buffer.Encoder(vocabulary, teacher_vocabulary, length, cross, loss == "prefix", template)
+    encoder = gold_buffer.Encoder(
+        vocabulary, teacher_vocabulary, length, cross, loss == "prefix", template, positions[-1]
+    )
     if ranks.rank == 0:
         say_example(cfg, rows, encoder, pairing, say)
     slots = slots_per_window(cfg)
@@ -968,7 +1028,9 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         f"lmbda {cfg.lmbda}; {max_steps} steps of {slots * cfg.num_generations * ranks.world_size} completions"
     )
     student, read_head, model = open_student(cfg, ranks, checkpoint)
-    optimizer = open_optimizer(cfg, student)
+    optimizer, on_gpu = open_optimizer(cfg, student), device.type == "cuda"
+    if on_gpu:
+        say(budget(cfg, ranks, student, torch.cuda.get_device_properties(device).total_memory))
     teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
     parts = Parts(model, read_head, autocast, pairing, teacher, teacher_head)
@@ -992,6 +1054,8 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     run = Run(parts, student, copy.deepcopy(vocabulary.tokenizer), optimizer, buffer, mine, identity, max_steps)
     if saved:
         restore(run, saved, checkpoint, ranks, say)
+    if on_gpu:
+        say(rehearse(cfg, run, rows[0], positions, ranks))
     weights = gold_buffer.whole_weights(student, ranks.rank == 0) if cfg.eval_tasks else None
     if ranks.rank == 0:
         run.records = Records(cfg, ranks, max_steps, run.step, student, run.tokenizer, say, weights)
@@ -1023,7 +1087,6 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
     """
     say = tqdm.write if ranks.rank == 0 else lambda text: None
     torch.manual_seed(cfg.seed)
-    size, steps = cfg.per_device_train_batch_size, cfg.gradient_accumulation_steps
     with ExitStack() as stack:
         with one_clear_line():
             check(cfg, ranks)
@@ -1044,17 +1107,16 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             # 1) window: this step's rows, each on-policy or not   FORK: other rows or mixtures: Schedule.draw
             # 2) generate: the student answers the on-policy prompts in one call; with lag > 0 it has done so already
             window = run.buffer.get(run.step)
-            samples = sorted(window.samples, key=lambda s: -len(s.prompt_ids) - len(s.completion_ids))
-            counts = count_tokens(samples, taught, ranks.device)
+            counts = count_tokens(window.samples, taught, ranks.device)
             generated = time.perf_counter()
 
-            for micro_step in range(steps):
-                part = samples[micro_step * size : (micro_step + 1) * size]
-                batch = gold_data.collate(part, with_teacher=taught).to(ranks.device)
+            todo = micro_batches(cfg, window.samples)
+            while todo:
+                batch = gold_data.collate(todo.pop(0), with_teacher=taught).to(ranks.device)
                 # gradients are averaged over ranks with the last micro-batch only; split ones in a node with each
-                parts.model.require_backward_grad_sync = micro_step == steps - 1
+                parts.model.require_backward_grad_sync = not todo
                 if cfg.shard == "node":
-                    run.student.set_requires_all_reduce(micro_step == steps - 1)
+                    run.student.set_requires_all_reduce(not todo)
                 # 3) teacher: the same text in its own tokens, after its own prompt; only hidden states come back
                 # 4) loss: a sum over one divisor for the whole window, so micro-batches and ranks do not matter
                 loss = micro_batch_loss(cfg, parts, batch, counts, stats)
@@ -1101,6 +1163,20 @@ def count_tokens(samples: list[Sample], scored: bool, device: torch.device) -> t
     distilled = sum(s.num_tokens for s in samples) if scored else 0
     written = sum(len(s.completion_ids) for s in samples if not s.on_policy)
     return tuple(max(1.0, x) for x in sum_over_ranks([distilled, written], device))
+
+
+def micro_batches(cfg: Config, samples: list[Sample]) -> list[list[Sample]]:
+    """Samples of similar length together, the longest first; with a limit on tokens, as many parts on each rank."""
+    length = lambda s: len(s.prompt_ids) + len(s.completion_ids)
+    samples, most, parts = sorted(samples, key=lambda s: -length(s)), cfg.max_tokens_per_micro_batch, []
+    while samples:
+        fit = min(cfg.per_device_train_batch_size, most // length(samples[0]) or len(samples))
+        samples, parts = samples[fit:], [*parts, samples[:fit]]
+    everywhere = max(gather(len(parts))) if most else 0
+    while len(parts) < everywhere:  # models that are split over ranks step together
+        at = max(range(len(parts)), key=lambda i: len(parts[i]))
+        parts[at : at + 1] = parts[at][::2], parts[at][1::2]
+    return parts
 
 
 def heldout_loss(cfg: Config, parts: Parts, samples: list[Sample], ranks: Ranks) -> float:
@@ -1171,7 +1247,20 @@ def close(run: Run, ranks: Ranks, last: bool, seen: list[int]) -> bool:
 # records
 
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, by the vendor
+PEAK_FLOPS = {  # dense bf16, by the vendor; the first name in that of the card
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H20": 148e12,
+    "H800": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12,
+}  # fmt: skip
+
+
+def student_flops(student, positions: float, completion: float, squares: float) -> float:
+    """Of forward and backward passes over so many positions, `completion` of which the head sees, in rows whose squared
+    lengths sum to `squares`: 6 per weight that multiplies, 6 per causal attention score and hidden unit."""
+    config, head = student.config.get_text_config(), student.get_output_embeddings().weight
+    tables = {id(w): w.numel() for w in (head, student.get_input_embeddings().weight)}  # one, if they are tied
+    body = sum(p.numel() for p in student.parameters()) - sum(tables.values())
+    scores = config.num_hidden_layers * config.hidden_size * squares
+    return 6 * (body * positions + head.numel() * completion + scores)
 
 
 def log_row(cfg, run, lr, grad_norm, window, stats, counts, seconds, ranks) -> dict[str, float]:
@@ -1185,7 +1274,9 @@ def log_row(cfg, run, lr, grad_norm, window, stats, counts, seconds, ranks) -> d
     stats.mean("gold/on_policy_ratio", [s.on_policy for s in samples])
     stats.mean("gold/staleness", [run.step - 1 - s.version for s in samples if s.on_policy])
     stats.add("tokens", sum(lengths))
-    stats.add("positions", sum(lengths) + sum(len(s.prompt_ids) for s in samples))
+    whole = [n + len(s.prompt_ids) for n, s in zip(lengths, samples)]
+    stats.add("positions", sum(whole))
+    stats.add("squares", sum(n * n for n in whole))
     for a in aligned:
         student, teacher = (np.bincount(x[x >= 0], minlength=a.num_spans) for x in (a.student_span, a.teacher_span))
         stats.add("align/coverage", a.scored_bytes, a.num_bytes)
@@ -1197,8 +1288,9 @@ def log_row(cfg, run, lr, grad_norm, window, stats, counts, seconds, ranks) -> d
     for name, taken in (window.seconds | seconds).items():
         stats.mean(f"timing/{name}", [taken])
     card = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ""
-    if card:
-        stats.max("perf/peak_memory_gb", torch.cuda.max_memory_allocated() / 2**30)
+    if card:  # of all processes; torch keeps what the largest micro-batch took until the engine wakes up
+        free, total = torch.cuda.mem_get_info()
+        stats.max("perf/memory_gb", (total - free) / 1e9)
 
     row = {name: x for name, x in stats.reduce(ranks.device).items() if not name.startswith("nonfinite/")}
     row["step"], row["response_seq_len/min"] = run.step, -row["response_seq_len/min"]
@@ -1208,11 +1300,11 @@ def log_row(cfg, run, lr, grad_norm, window, stats, counts, seconds, ranks) -> d
     row |= {"gold/beta": cfg.beta, "gold/lmbda": cfg.lmbda, "gold/temperature": cfg.temperature}
     if "timing/teacher" in row:  # a sum over micro-batches and ranks
         row["timing/teacher"] /= ranks.world_size
-    tokens, positions = row.pop("tokens"), row.pop("positions") / ranks.world_size
+    positions, tokens, squares = (row.pop(name) for name in ("positions", "tokens", "squares"))
     row["perf/tokens_per_s"] = tokens / row["timing/step"]
     if peak := next((flops for name, flops in PEAK_FLOPS.items() if name in card), None):
-        parameters = sum(p.numel() for p in run.student.parameters())
-        row["perf/mfu/actor"] = 6 * parameters * positions / row["timing/train"] / peak
+        taken = (row["timing/train"] - row.get("timing/teacher", 0.0)) * ranks.world_size
+        row["perf/mfu/actor"] = student_flops(run.student, positions, tokens, squares) / taken / peak
     run.num_tokens += int(tokens)
     return row | {"num_tokens": run.num_tokens}
 
@@ -1223,7 +1315,7 @@ ODD = {
     "actor/grad_norm": "the gradient is exactly 0: nothing is learnt (too large a learning rate or weight decay?)",
     "actor/skipped": "the gradient was not finite and the step was left out; actor/skipped counts them",
     "align/unscored": "completions without a single scored token: only special tokens, or no common text",
-    "align/unwritten": "completions that the teacher's tokenizer would change, compared up to there only",
+    "align/unwritten": "completions that the teacher would read as other text or has no room for: compared up to there",
 }
 
 
@@ -1450,7 +1542,7 @@ SOLVED = "train[:500]"  # the puzzles whose answers are known; GOLD needs no ans
 EMBEDDED = Config(
     dataset="countdown-mini", split="train[:8000]", max_length=96, max_completion_length=64, lmbda=0.25, seq_kd=True,
     per_device_train_batch_size=64, gradient_accumulation_steps=1, max_steps=600, learning_rate=3e-3, weight_decay=0.01,
-    beta=0.0, eval_tasks=("countdown-mini",), eval_steps=300, eval_max_samples=512, save_steps=100,
+    beta=0.0, eval_tasks=("countdown-mini",), eval_steps=300, eval_gpu="same", eval_max_samples=512, save_steps=100,
     output_dir="out/embedded",
 )  # fmt: skip
 
@@ -1459,7 +1551,7 @@ def embedded(cfg: Config, ranks: Ranks) -> bool:
     """Teacher from scratch by this same loop, a weaker student, GOLD between them, and a table of all of them."""
     out, asked, note = Path(cfg.output_dir), cfg, Path(cfg.output_dir) / "config.json"
     cfg = replace(cfg, per_device_train_batch_size=max(1, cfg.per_device_train_batch_size // ranks.world_size))
-    no_teacher = {"teacher_prompt_template": None, "seq_kd": False, "lag": 0, "sampler_device": None}
+    no_teacher = {"teacher_prompt_template": None, "seq_kd": False, "lag": 0}
     alone = replace(cfg, split=SOLVED, lmbda=0.0, ce_weight=1.0, **no_teacher)
     school = replace(alone, eval_tasks=(), eval_steps=0, save_best=None, early_stop=0)
     first = {name: str(out / f"{name}-init") for name in ("teacher", "student")}  # random
@@ -1515,7 +1607,7 @@ def main() -> None:
         dist.group.WORLD.set_timeout(timedelta(seconds=longest_wait(cfg)))
     try:
         failed = (embedded if cfg.student_model is None else train)(cfg, ranks)
-    except (OSError, FloatingPointError) as e:
+    except (OSError, FloatingPointError, torch.OutOfMemoryError) as e:
         raise SystemExit(f"gold_train.py: {e}. The last checkpoint, if there is one, goes on with --resume") from e
     if ranks.rank == 0 and cfg.student_model is not None:
         print(run_report(Path(cfg.output_dir), {}))

@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -60,33 +61,27 @@ def train_with_trl(job: dict) -> None:
 
 
 def train_with_gold(job: dict) -> None:
-    """The gold stage of the embedded job for this number of steps."""
-    out, embedded = Path(job["out"]), "--max-length 96 --max-completion-length 64 --per-device-train-batch-size 64"
-    command = [sys.executable, "gold_train.py", "--student-model", job["student"], "--teacher-model", job["teacher"]]
-    command += ["--split", "train[:500]", *embedded.split(), "--gradient-accumulation-steps", "1", "--save-steps", "0"]
-    command += ["--weight-decay", "0.01", "--beta", str(job["beta"]), "--max-steps", str(job["steps"])]
+    """The gold stage of the embedded job with TRL's rows and mixture. Saves the same."""
+    import gold_train
+
+    out = Path(job["out"])
+    config = replace(
+        gold_train.EMBEDDED, student_model=job["student"], teacher_model=job["teacher"], split=gold_train.SOLVED,
+        lmbda=0.5, seq_kd=False, beta=job["beta"], learning_rate=job["rate"], max_steps=job["steps"], eval_tasks=(),
+        eval_steps=0, save_steps=0, output_dir=str(out / "run"),
+    )  # fmt: skip
     start = time.perf_counter()
-    subprocess.run(
-        [*command, "--learning-rate", str(job["rate"]), "--output-dir", str(out / "run")], cwd=ROOT, check=True
-    )
+    gold_train.train(config, gold_train.setup_ranks())
     seconds = time.perf_counter() - start
-    (out / "run/checkpoints/latest").resolve().rename(out / "model")
+    for path in (out / "run/checkpoints/latest").resolve().iterdir():
+        path.rename(out / path.name)
     (out / "time.json").write_text(json.dumps(seconds))
 
 
 def accuracy(model: Path) -> tuple[float, float]:
     """(accuracy, standard error) on the puzzles of the embedded job, greedy."""
-    command = [
-        sys.executable,
-        "gold_eval.py",
-        "--model",
-        str(model),
-        "--tasks",
-        "countdown-mini",
-        "--max-samples",
-        "512",
-    ]
-    command += ["--max-new-tokens", "64", "--out", str(model / "eval")]
+    command = [sys.executable, "gold_eval.py", "--model", str(model), "--tasks", "countdown-mini"]
+    command += ["--max-samples", "512", "--max-new-tokens", "64", "--out", str(model / "eval")]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     (results,) = json.loads((model / "eval/results.json").read_text())["models"].values()
     return results["countdown-mini"]["accuracy"], results["countdown-mini"]["se"]
@@ -103,7 +98,8 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        return train_with_trl(json.loads(args.job))
+        job = json.loads(args.job)
+        return train_with_trl(job) if job["merge"] else train_with_gold(job)
     import gold_data
     from gold_eval import markdown
 
@@ -125,14 +121,11 @@ def main() -> None:
             out = args.out / f"{name} {args.steps} steps, {rate:g}".replace(", ", "_").replace(" ", "-")
             job = stages | {"out": str(out), "rows": str(rows), "steps": args.steps, "rate": rate}
             job |= {"beta": beta, "merge": merge}
-            model = out if merge else out / "model"
             if not (out / "time.json").exists():
                 out.mkdir(exist_ok=True)
-                if merge:
-                    subprocess.run([args.peers, __file__, "--job", json.dumps(job)], check=True)
-                else:
-                    train_with_gold(job)
-            share, error = accuracy(model)
+                python = args.peers if merge else sys.executable
+                subprocess.run([python, __file__, "--job", json.dumps(job)], check=True)
+            share, error = accuracy(out)
             found.append(f"{share:.1%} ± {error:.1%}, {json.loads((out / 'time.json').read_text()):.0f} s")
             print(name, args.steps, "steps, rate", rate, found[-1], file=sys.stderr, flush=True)
         table.append([f"{name} {args.steps} steps", *found])

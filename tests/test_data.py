@@ -577,6 +577,28 @@ def test_what_a_teacher_normalises_is_cut_from_a_sample_and_counted():
         assert a.unwritten >= cut and (a.unwritten > 0) == (cut > 0) == (a.scored_bytes < a.num_bytes)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_a_teacher_has_no_room_for_is_cut_where_both_have_a_boundary(finished):
+    student, teacher = vocabulary("metaspace"), vocabulary("byte level")
+    ids = student.encode(b"say 10 + 10 = 20, then zzqqxjk")[0] + [student.ends[0]] * finished
+    whole = gold_data.align(student, teacher, ids, finished, prefix=True)
+    needed = len(teacher.encode(student.join(ids[: len(ids) - finished]))[0]) + finished
+    for room in range(needed + 2):
+        a = gold_data.align(student, teacher, ids, finished, True, room)
+        assert len(a.teacher_ids) <= room and (a.unwritten > 0) == (room < needed)
+        assert a.teacher_ids == whole.teacher_ids[: len(a.teacher_ids)]
+        assert a.scored_bytes in {
+            0,
+            *np.intersect1d(*(_ends(v, i) for v, i in ((student, ids), (teacher, whole.teacher_ids)))),
+        }
+        if room >= needed:
+            assert same_alignment(a, whole)
+
+
+def _ends(v: Vocabulary, ids: list[int]) -> np.ndarray:
+    return v.lengths[ids].cumsum()
+
+
 def test_wordpiece_is_aligned_to_the_end_of_the_text():
     exact, lossy = vocabulary("byte level"), vocabulary("wordpiece")
     for student, teacher, text in (

@@ -373,14 +373,14 @@ def test_what_is_read_of_laws_has_the_values_and_gradients_of_autograd(dtype, so
     inputs[2][list(masked)] = -math.inf
     for x in inputs:
         x.requires_grad_()
-    head = Head(*inputs[1:], 0.5, softcap).at(0.7)
+    side = Side(inputs[0], Head(*inputs[1:], 0.5, softcap), temperature=0.7)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
     rows, ids = torch.tensor([0, 0, 1, 3, 3, 6]), torch.tensor([4, 4, 7, 0, 10, 1])
     lo, hi = torch.tensor([0, 2, 3, 5, 5, 10]), torch.tensor([11, 9, 5, 5, 11, 11])
     bound = [int((rows < i).sum()) for i in range(8)]
     square = rows[:2, None].expand(2, 3), torch.tensor([0, 3, 3]).expand(2, 3), torch.tensor([3, 3, 8]).expand(2, 3)
     ranges = (rows, lo, hi, bound), (*square, [min(b, 2) for b in bound])
-    entropy, *got = gold_loss._LawReads.apply(head, 2, (rows, ids, bound), order, ranges, *inputs)
+    entropy, *got = gold_loss._law_reads(side, 2, (rows, ids, bound), order, ranges)
 
     x, w, b = (x.detach().double().requires_grad_() for x in inputs)
     z = 0.5 * (x @ w.T + b)

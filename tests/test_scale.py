@@ -401,7 +401,6 @@ def test_what_rank_0_reads_or_raises_is_what_every_rank_gets(monkeypatch):
         ({"teacher_device": "shard", "seq_kd": True}, "cannot write: no --seq-kd"),
         ({"shard": "all", "alone": True}, "need several ranks, like --nproc 8"),
         ({"teacher_device": "shard", "alone": True}, "need several ranks, like --nproc 8"),
-        ({"sampler_device": "shard", "lag": 1}, "sampler_device: there is no device 'shard'"),
     ],
 )
 def test_what_cannot_work_is_one_line_before_anything_is_loaded(monkeypatch, tmp_path, changes, message):

@@ -15,7 +15,8 @@ import bins_loss  # noqa: F401  a fork whose losses enter the trainer
 import pytest
 import torch
 from conftest import byte_level, metaspace, tiny_llama, tiny_qwen
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import gold_buffer
 import gold_eval
@@ -130,6 +131,10 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_ranks(models, data, tm
     cfg = config(models, data, tmp_path / "ranks", teacher, ce_weight=0.5, max_steps=1)
     run(cfg, ranks=2)
     seen["2 ranks"] = metrics(cfg.output_dir)[0]
+    for ranks in (1, 2):  # the longest row alone fills a micro-batch, of short ones four do
+        limited = {"max_tokens_per_micro_batch": 100, "output_dir": str(tmp_path / f"tokens{ranks}")}
+        run(dataclasses.replace(cfg, **limited, gradient_accumulation_steps=4 // ranks), ranks)
+        seen[f"by tokens, {ranks} ranks"] = metrics(limited["output_dir"])[0]
     first = seen["accumulation 1"]
     assert first["actor/grad_norm"] > 0.01 and first["gold/on_policy_ratio"] == 0.5 and first["actor/ce_loss"] > 0
     for name, row in seen.items():
@@ -644,7 +649,7 @@ BAD = {
     "a device that is not there": (("--teacher-device", "cuda:9"), r"teacher_device: there is no device 'cuda:9'"),
     "a negative seed": (("--seed", "-1"), r"seed must be in"),
     "evaluation steps without evaluation": (("--eval-steps", "5"), r"nothing to evaluate"),
-    "a sampler device without lag": (("--sampler-device", "cpu"), r"--lag"),
+    "micro-batches without a row": (("--max-tokens-per-micro-batch", "79"), r"micro_batch 79 cannot hold .* 80"),
     "epochs without end": (("--num-train-epochs", "inf"), r"num_train_epochs must be in .*: got inf"),
     "a learning rate that is none": (("--learning-rate", "nan"), r"learning_rate must be in .*: got nan"),
     "options that are no JSON": (("--template-options", "enable_thinking"), r"template_options are JSON like"),
@@ -684,15 +689,87 @@ def test_a_run_is_never_overwritten(models, data, tmp_path, monkeypatch, capsys)
     assert code in (1, 2) and "--resume" in text and "--output-dir" in text
 
 
+def sizes(hidden: int, layers: int, middle: int, heads: int, tied: bool) -> Qwen2Config:
+    vocabulary = 151936 if tied else 152064
+    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": middle, "vocab_size": vocabulary}
+    heads = {"num_attention_heads": heads, "num_key_value_heads": 2 if tied else 4}
+    return Qwen2Config(**shape, **heads, tie_word_embeddings=tied)
+
+
+def test_what_cannot_fit_on_a_gpu_is_one_line_with_numbers(monkeypatch, tmp_path):
+    """Published shapes of Qwen2.5 beside a teacher of 7.6B on 85.5 GB, engine 0.3: 0.5B and 1.5B fit, 3B does not."""
+    monkeypatch.setattr(gold_buffer, "choose_sampler", lambda name: ("vllm", ""))
+    sizes(3584, 28, 18944, 28, False).save_pretrained(tmp_path)
+    cfg = Config(student_model="s", teacher_model=str(tmp_path), dtype="bf16")
+    assert gold_train.num_parameters(str(tmp_path), None) == 7_615_616_512
+    with torch.device("meta"):
+        shapes = {"0.5B": (896, 24, 4864, 14), "1.5B": (1536, 28, 8960, 12), "3B": (2048, 36, 11008, 16)}
+        students = {name: Qwen2ForCausalLM(sizes(*shape, True)) for name, shape in shapes.items()}
+    line = lambda name, ranks=ALONE, **changes: gold_train.budget(
+        dataclasses.replace(cfg, **changes), ranks, students[name], 85.5e9
+    )
+    assert line("0.5B").startswith("memory: student with gradients and Adam 7.9, teacher 15.2, engine 25.6 of 85.5 GB;")
+    assert "Adam 24.7, teacher 15.2" in line("1.5B")
+    with pytest.raises(ValueError, match="does not fit .* Adam 49.4, .* 85.5 GB.*gradient-checkpointing.* --shard all"):
+        line("3B")
+    eight = Ranks(0, 0, 8, 8, torch.device("cpu"))
+    assert "Adam 6.2, teacher 1.9" in line("3B", eight, shard="all", teacher_device="shard")
+    assert "teacher" not in line("3B", teacher_device="cuda:7") and "engine" not in line("1.5B", lmbda=0.0)
+    assert "weights of earlier steps 1.0" in line("0.5B", lag=1)
+    for p in students["3B"].parameters():
+        p.requires_grad_(False)  # as a fork may: no gradients, no Adam
+    assert "Adam 12.3" in line("3B")
+
+
+@pytest.mark.parametrize("teacher, changes", [("cross", {}), ("same", {"max_tokens_per_micro_batch": 200})])
+def test_the_largest_micro_batch_comes_first_and_leaves_nothing(models, data, tmp_path, monkeypatch, teacher, changes):
+    cfg, seen = config(models, data, tmp_path / "out", teacher, **changes), []
+    started = gold_train.setup(cfg, ALONE, print)
+    before = {k: v.clone() for k, v in started.student.state_dict().items()}
+    loss = gold_train.micro_batch_loss
+    monkeypatch.setattr(gold_train, "micro_batch_loss", lambda *args: seen.append(args[2]) or loss(*args))
+    row = started.buffer.rows[0][2]
+    text = gold_train.rehearse(cfg, started, row, [cfg.max_length, cfg.max_length], ALONE)
+    rows = 2 if changes else 4
+    assert text == f"memory: the largest micro-batch has {rows} x 80 tokens"
+    (batch,) = seen
+    assert batch.student_mask.sum(1).tolist() == [80] * rows and len(batch.scored) >= 20 * rows
+    assert (batch.teacher_mask.sum(1) <= 80).all() and (batch.teacher_mask.sum(1) >= 60).all()
+    assert all(p.grad is None or not p.grad.any() for p in started.student.parameters())
+    assert all(torch.equal(before[k], v) for k, v in started.student.state_dict().items())
+    started.buffer.close()
+    started.records.close()
+
+
+def test_the_flops_of_a_step_are_those_that_torch_counts():
+    """But for norms, whose weights multiply as well, and attention, which torch counts without its causal half."""
+    model, (rows, length, completion) = tiny_llama(500, seed=1), (3, 40, 10)
+    ids = torch.arange(rows * length).view(rows, length)
+    with FlopCounterMode(display=False) as counter:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        (hidden[:, :completion].flatten(0, 1) @ model.get_output_embeddings().weight.T).sum().backward()
+    table = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in table.items() if "attention" not in str(op))
+    positions = rows * length
+    ours = gold_train.student_flops(model, positions, rows * completion, 0)
+    norms = 6 * positions * sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    assert ours - norms == products
+    scores = gold_train.student_flops(model, positions, rows * completion, rows * length**2) - ours
+    assert scores == 6 * model.config.num_hidden_layers * model.config.hidden_size * rows * length**2
+
+
 def test_the_evaluation_gpu_must_be_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     ranks = Ranks(0, 0, 3, 3, torch.device("cuda", 0))
     assert gold_train.eval_device(Config(eval_gpu="auto"), ranks) == "cuda:3"
     assert gold_train.eval_device(Config(eval_gpu="same"), ranks) == "cuda:0"
-    for cfg in (Config(eval_gpu="2"), Config(eval_gpu="7"), Config(eval_gpu="3", teacher_device="cuda:3")):
-        with pytest.raises(ValueError, match="is not free"):
+    taken = {"teacher_device": "cuda:3", "eval_tasks": ("countdown",)}
+    for cfg in (Config(eval_gpu="2"), Config(eval_gpu="7"), Config(eval_gpu="3", **taken), Config(**taken)):
+        with pytest.raises(ValueError, match="is not free: .* fewer ranks, or choose --eval-gpu same .* or cpu"):
             gold_train.eval_device(cfg, ranks)
+    gold_train.eval_device(Config(teacher_device="cuda:3"), ranks)  # no evaluation, no question
+    assert gold_train.EMBEDDED.eval_gpu == "same"  # tiny models, on any machine
 
 
 def test_help_explains_every_flag(monkeypatch, capsys):
