@@ -172,8 +172,7 @@ def jsd(
 ) -> Tensor:
     """Generalized JSD between next-token laws: the definition that every fast form is tested against.
 
-    Args: logits (N, V) of both models over one vocabulary; beta and scale as in `divergence`.
-    Returns: (N,) nats per position, computed in float32 at least.
+    Args: logits (N, V) of both models over one vocabulary. Returns: (N,) nats, computed in float32 at least.
     """
     logq, logp = (F.log_softmax(_wide(z) / temperature, dim=-1) for z in (student_logits, teacher_logits))
     return divergence(logp, logq, beta, scale).sum(-1)
@@ -194,10 +193,7 @@ def _chunks(num_rows: int, head: Head, chunk: int | None) -> list[slice]:
 
 
 def _project(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
-    """Logits (n, V) of a chunk, float32 at least; `weight` is head.weight in the precision of hidden.
-
-    An id that is masked by -inf is as good as masked by MASKED, and nothing after it meets 0 x inf.
-    """
+    """Logits (n, V) of a chunk in float32 at least, by the `weight` in hidden's dtype; MASKED, not -inf: no 0 x inf."""
     unrounded = (
         {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype.itemsize == 2 else {}
     )  # no kernel on CPUs
@@ -209,6 +205,12 @@ def _project(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
     if head.softcap is not None:
         z.div_(head.softcap).tanh_().mul_(head.softcap)
     return z.clamp_min_(MASKED)
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The laws (n, V) of logits and their log sum exp (n, 1)."""
+    p = F.softmax(z, dim=-1)
+    return p, z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
 
 
 def _slope(z: Tensor, head: Head) -> Tensor | float:
@@ -254,18 +256,24 @@ class _RowLoss(torch.autograd.Function):
         grads = _HeadGradients(hidden, head, ctx.needs_input_grad[5:8])
         teacher_weight = None if teacher is None else teacher.head.weight.to(teacher.hidden.dtype)
 
-        def one_chunk(rows: slice) -> dict:  # a function: its buffers are gone before the next chunk's are made
+        values = torch.zeros(hidden.size(0), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
+        d_extra = torch.zeros_like(extra) if ctx.needs_input_grad[8] else None
+
+        def one_chunk(rows: slice) -> None:  # a function: its buffers are gone before the next chunk's are made
             z = _project(hidden[rows], weight, head)
             slope = _slope(z, head) if want_grad else None
             teacher_z = None if teacher is None else _project(teacher.hidden[rows], teacher_weight, teacher.head)
-            values, dz, dx, stat = row_fn(z, teacher_z, None if extra is None else extra[rows], rows, want_grad)
+            values[rows], dz, dx, stat = row_fn(z, teacher_z, None if extra is None else extra[rows], rows, want_grad)
+            for name, x in stat.items():
+                stats.setdefault(name, torch.zeros_like(values))[rows] = x.detach()
             if want_grad:
                 grads.add(rows, hidden, weight, dz, slope)
-            return stat | {"values": values} | ({"extra": dx} if ctx.needs_input_grad[8] else {})
+            if d_extra is not None:
+                d_extra[rows] = dx
 
-        parts = [one_chunk(rows) for rows in _chunks(hidden.size(0), head, chunk)]
-        stats |= {name: torch.cat([part[name].detach() for part in parts]) for name in parts[0]}
-        ctx.grads, values = (grads.hidden, grads.weight, grads.bias, stats.pop("extra", None)), stats.pop("values")
+        for rows in _chunks(hidden.size(0), head, chunk):
+            one_chunk(rows)
+        ctx.grads = (grads.hidden, grads.weight, grads.bias, d_extra)
         ctx.mark_non_differentiable(values)
         return values.sum(), values
 
@@ -330,13 +338,13 @@ class _LawReads(torch.autograd.Function):
         running = hidden.new_zeros(ctx.chunks[0].stop, size + 1, dtype=torch.float64) if ranges else None
         entropy, few, masses = [], [], [[] for _ in ranges]
         for rows in ctx.chunks:
-            z, p, slope = _law(hidden[rows], compute_weight, head)
+            z = _project(hidden[rows], compute_weight, head)
+            p, log_sum = _softmax(z)
             if rows.stop <= room:
-                ctx.kept[rows.start] = p, slope
-            log_sum = z.amax(-1) - p.amax(-1).log()  # of exp(z)
-            entropy.append(log_sum - torch.linalg.vecdot(p, z))
+                ctx.kept[rows.start] = p, _slope(z, head)
+            entropy.append(log_sum[:, 0] - torch.linalg.vecdot(p, z))
             row, token = _part(rows, *tokens)
-            few.append((z[row, token] - log_sum[row]).double())
+            few.append((z[row, token] - log_sum[row, 0]).double())
             if ranges:
                 running[: len(p), 1:].copy_(p.index_select(1, order)).cumsum_(-1)
             for mass, wanted in zip(masses, ranges, strict=True):
@@ -353,9 +361,9 @@ class _LawReads(torch.autograd.Function):
         (hidden, weight), (head, tokens, order, ranges) = ctx.saved_tensors, ctx.args
         size, compute_weight, most = weight.size(0), weight.to(hidden.dtype), torch.finfo(_wide(hidden).dtype).max
         grads = _HeadGradients(hidden, head, ctx.needs_input_grad[5:])
-        place = order.argsort() if ranges else None
+        place, law = order.argsort() if ranges else None, lambda z: (F.softmax(z, dim=-1), _slope(z, head))
         for rows in ctx.chunks:
-            dz, slope = ctx.kept.pop(rows.start, None) or _law(hidden[rows], compute_weight, head)[1:]
+            dz, slope = ctx.kept.pop(rows.start, None) or law(_project(hidden[rows], compute_weight, head))
             row, token, d = _part(rows, *tokens[:2], d_few, tokens[2])
             total, c = d.new_zeros(len(dz), 1).index_add_(0, row, d[:, None]), 0.0
             if ranges:
@@ -370,26 +378,21 @@ class _LawReads(torch.autograd.Function):
         return (None,) * 5 + (grads.hidden, grads.weight, grads.bias)
 
 
-def _law(hidden: Tensor, weight: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | float]:
-    z = _project(hidden, weight, head)
-    return z, F.softmax(z, dim=-1), _slope(z, head)
-
-
 def _part(rows: slice, row: Tensor, *columns) -> tuple[Tensor, ...]:
     """Of reads, and what belongs to them, those of a chunk of rows, with its own row numbers; `bound` is the last."""
     part = slice(columns[-1][rows.start], columns[-1][rows.stop])
     return row[part] - rows.start, *(x[part] for x in columns[:-1])
 
 
-def _law_reads(side: Side, chunk: int | None, *reads) -> tuple[Tensor, ...]:
+def _law_reads(side: Side, chunk: int | None, tokens: tuple, order: Tensor | None = None, ranges=()) -> tuple:
     head = side.head.at(side.temperature)
-    return _LawReads.apply(head, chunk, *reads, side.hidden, head.weight, head.bias)
+    return _LawReads.apply(head, chunk, tokens, order, ranges, side.hidden, head.weight, head.bias)
 
 
 def token_logprobs(side: Side, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Log probability (N,) float64 of each row's own token, with gradient, and the entropy (N,) of each row's law."""
     rows = torch.arange(len(side.ids), device=side.ids.device)
-    entropy, logp = _law_reads(side, chunk, (rows, side.ids, range(len(rows) + 1)), None, ())
+    entropy, logp = _law_reads(side, chunk, (rows, side.ids, range(len(rows) + 1)))
     return logp.clamp_min(FLOOR), entropy
 
 
@@ -471,10 +474,8 @@ def _jsd_rows(z: Tensor, t: Tensor, ids: Tensor | None, beta: float, temperature
 def fused_jsd(student: Side, teacher: Side, beta: float, scale: str = "kl", chunk: int | None = None) -> Loss:
     """Sum of `jsd` over rows, from hidden states: no (N, V) tensor in either direction.
 
-    Args:
-        student, teacher: rows that predict the same tokens. Unequal numbers of vocabulary rows are compared on the
-            common first ones. Gradients flow to student.hidden and its head.
-        chunk: rows at a time; None: as CHUNK says.
+    Args: student, teacher: rows that predict the same tokens; of unequal vocabularies the common first entries are
+        compared. Gradients flow to student.hidden and its head. chunk: rows at a time; None: as CHUNK says.
     Returns: Loss with values (N,).
     """
     factor = scale_factor(beta, scale)
@@ -484,8 +485,9 @@ def fused_jsd(student: Side, teacher: Side, beta: float, scale: str = "kl", chun
         ids = None if student.ids is None else student.ids[rows]
         if z.is_cuda and z.dtype == torch.float32 and len(z) and importlib.util.find_spec("triton"):
             return _jsd_rows(z, teacher_z, ids, beta, student.temperature, factor)
-        logq, logp = (x.sub_(x.logsumexp(-1, keepdim=True)) for x in (z, teacher_z))
-        q = logq.exp()
+        logp = teacher_z.sub_(_softmax(teacher_z)[1])
+        q, log_sum = _softmax(z)
+        logq = z.sub_(log_sum)
         stats = law_stats(logq, ids, q)
         if student.temperature != 1.0:
             logq = F.log_softmax(logq / student.temperature, dim=-1)
@@ -525,8 +527,8 @@ def _check_served(logprobs: Tensor, ids: Tensor) -> None:
     for what, where in wrong.items():
         if where.any():
             row = int(where.any(1).nonzero()[0, 0])
-            told = [x[row, :8].tolist() for x in (logprobs, ids)]
-            raise ValueError(f"the teacher's server answers with log probabilities {what}, in row {row}: {told}")
+            told = f"in row {row}: {[x[row, :8].tolist() for x in (logprobs, ids)]}"
+            raise ValueError(f"the teacher's server answers with log probabilities {what}, {told}")
 
 
 def topk_jsd(
@@ -534,8 +536,7 @@ def topk_jsd(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Generalized JSD over k named tokens and one bucket for all others: what a served teacher can tell.
 
-    The coarsening of both laws to k + 1 outcomes, so a lower bound of `jsd`, and never a renormalised top-k: that says
-    nothing about what the student puts on all other tokens.
+    The coarsening of both laws to k + 1 outcomes: a lower bound of `jsd`; a renormalised top-k would forget the rest.
 
     Args: student_logits (N, V); ids (N, k), distinct within a row; teacher_logprobs (N, k) of those ids.
     Returns: (N,) values and {"teacher_mass", "student_mass"}: (N,) probability on the named tokens.
@@ -581,8 +582,7 @@ def alm_loss(student: Side, teacher_logprobs: Tensor, teacher_span: Tensor, chun
     With a, b = -log P(span) of teacher and student, tau KL(Bernoulli(e^{-a/tau}) || Bernoulli(e^{-b/tau})) tends to
     a log(a/b) - a + b. The teacher's own token probabilities are all it needs: a served teacher has them.
 
-    Args: teacher_logprobs (N',), teacher_span (N',): of the teacher's tokens.
-    Returns: Loss with values (G,).
+    Args: teacher_logprobs (N',), teacher_span (N',): of the teacher's tokens. Returns: Loss with values (G,).
     """
     num_spans = int(student.span.max()) + 1 if student.span.numel() else 0
     logq, entropy = token_logprobs(student, chunk)
@@ -621,8 +621,7 @@ def uld_loss(
         """Log probability (G,) of the span's tokens before the one whose whole law is compared."""
         keep = side.span >= 0
         keep[last] = False
-        rows = keep.nonzero()[:, 0]
-        logp, _ = token_logprobs(side.at(rows), chunk)
+        logp, _ = token_logprobs(side.at(rows := keep.nonzero()[:, 0]), chunk)
         return logp.new_zeros(last.numel()).index_add(0, side.span[rows], logp)
 
     def sorted_l1(q: Tensor, p: Tensor) -> Tensor:
@@ -660,8 +659,8 @@ class Queries:
     `order` lists token ids sorted by their bytes, then the ends of a text, then all others; a range is [lo, hi) in it.
     Query e reads the law of row[e]. The first N ask for the rows' own tokens, the next K for outcomes, the last T for
     the totals that the outcomes of an offset are divided by; to them the mass is added, times the probability of the
-    path up to the row. Row full_row[f] also adds its whole next-byte law to the 257 outcomes from full_slot[f]: the
-    bytes, then the end. Small ranges are given token by token, so that what is small is exact.
+    path up to the row. Row full_row[f] also adds its whole next-byte law to the 257 outcomes from full_slot[f]: bytes,
+    then the end. Small ranges are given token by token: exact.
     """
 
     order: Tensor  # (V,)
