@@ -253,11 +253,11 @@ class HFSampler:
             z = self.model(input_ids=ids, attention_mask=seen, position_ids=position, **known).logits[:, -1].float()
             token = draw(z, uniform[:, t], s)
             logprob, going = z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1), []
-            for row, (i, *new) in enumerate(zip(alive, token.tolist(), logprob.tolist())):
-                for values, value in zip(out[i], new):
-                    values.append(value)
-                if new[0] in s.end_ids or t + 1 >= room[i]:
-                    yield i, *out[i], new[0] in s.end_ids
+            for row, (i, new, x) in enumerate(zip(alive, token.tolist(), logprob.tolist())):
+                out[i][0].append(new)
+                out[i][1].append(x)
+                if new in s.end_ids or t + 1 >= room[i]:
+                    yield i, *out[i], new in s.end_ids
                 else:
                     going.append(row)
             if not going:
