@@ -1521,9 +1521,10 @@ def _queries(parts: list[tuple], side: int) -> dict[str, Tensor | list[list[int]
         rows, queries = rows + len(q["path"]), queries + len(q["row"])
         outcomes, totals = outcomes + len(part[2]), totals + part[3]
     q = {key: np.concatenate(column) for key, column in columns.items()}
-    kind = np.where(q["slot"] < 0, 2, 1)
+    kind = 1 + (q["slot"] < 0).astype(np.int8)
     kind[q.pop("path")] = 0
-    row, lo, hi, slot = (q.pop(key)[kind.argsort(kind="stable")] for key in ("row", "lo", "hi", "slot"))
+    by_kind = kind.argsort(kind="stable")
+    row, lo, hi, slot = (q.pop(key)[by_kind] for key in ("row", "lo", "hi", "slot"))
     slot, by_row, width = slot[rows:], row.argsort(kind="stable"), hi - lo
     narrow, wide = by_row[width[by_row] <= NARROW], by_row[width[by_row] > NARROW]
     count = width[narrow]

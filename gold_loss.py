@@ -37,6 +37,8 @@ Every loss returns a `Loss`: a *sum* with a gradient and the values it sums. Who
 This file knows nothing about configs, tokenizers, models, ranks, or who made the tokens.
 """
 
+import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -46,10 +48,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TINY = 1e-200  # stands for a probability too small to see, where 0 would say that the text cannot be written
 FLOOR = -1e3  # stands for log 0: exp() of it is exactly 0, and differences of it stay finite
 MASKED = -1e6  # stands for a logit of -inf: its log probability is below FLOOR
-# rows in a chunk: sqrt(CHUNK / vocabulary), since few rows pass often over the head's gradient, many leave the cache
-CHUNK = {"cpu": 2**27, "cuda": 2**34}  # 32,000 entries: 64 (8 MB in float32), 732; 151,936: 29 (18 MB), 336 (204 MB)
+CHUNK = {"cpu": 2**27, "cuda": 2**34}  # vocabulary x rows^2 of a chunk; 32,000: 65 (8 MB), 733 rows; 151,936: 30, 337
 KEPT = {"cpu": 2**25, "cuda": 2**29}  # size of the laws that are kept for the backward pass: 128 MB, 2 GB in float32
 
 
@@ -83,8 +85,7 @@ class Head:
 
     def at(self, temperature: float) -> "Head":
         """The head whose logits are these over `temperature`."""
-        cap = None if self.softcap is None else self.softcap / temperature
-        return replace(self, scale=self.scale / temperature, softcap=cap)
+        return replace(self, scale=self.scale / temperature, softcap=self.softcap and self.softcap / temperature)
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,7 @@ def jsd(
 ) -> Tensor:
     """Generalized JSD between next-token laws: the definition that every fast form is tested against.
 
-    Args: logits (N, V) of both models over one vocabulary; beta and scale as in `divergence`.
-    Returns: (N,) nats per position, computed in float32 at least.
+    Args: logits (N, V) of both models over one vocabulary. Returns: (N,) nats, computed in float32 at least.
     """
     logq, logp = (F.log_softmax(_wide(z) / temperature, dim=-1) for z in (student_logits, teacher_logits))
     return divergence(logp, logq, beta, scale).sum(-1)
@@ -193,11 +193,11 @@ def _chunks(num_rows: int, head: Head, chunk: int | None) -> list[slice]:
 
 
 def _project(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
-    """Logits (n, V) of a chunk, float32 at least; `weight` is head.weight in the precision of hidden.
-
-    An id that is masked by -inf is as good as masked by MASKED, and nothing after it meets 0 x inf.
-    """
-    z = _wide(hidden @ weight.t())
+    """Logits (n, V) of a chunk in float32 at least, by the `weight` in hidden's dtype; MASKED, not -inf: no 0 x inf."""
+    unrounded = (
+        {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype.itemsize == 2 else {}
+    )  # no kernel on CPUs
+    z = _wide(torch.mm(hidden, weight.t(), **unrounded))
     if head.bias is not None:
         z.add_(head.bias)
     if head.scale != 1.0:
@@ -205,6 +205,12 @@ def _project(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
     if head.softcap is not None:
         z.div_(head.softcap).tanh_().mul_(head.softcap)
     return z.clamp_min_(MASKED)
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The laws (n, V) of logits and their log sum exp (n, 1)."""
+    p = F.softmax(z, dim=-1)
+    return p, z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
 
 
 def _slope(z: Tensor, head: Head) -> Tensor | float:
@@ -216,25 +222,26 @@ def _slope(z: Tensor, head: Head) -> Tensor | float:
 class _HeadGradients:
     """Gradients of hidden, weight and bias, collected chunk by chunk, the last two in float32 at least."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, head: Head, wanted: tuple[bool, bool, bool]):
-        self.head, self.compute_weight = head, weight
-        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        self.weight = torch.zeros_like(head.weight, dtype=_wide(weight[:0]).dtype) if wanted[1] else None
-        self.bias = torch.zeros_like(head.bias, dtype=_wide(weight[:0]).dtype) if wanted[2] else None
+    def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool]):
+        zeros = lambda x, want, kind: torch.zeros_like(x, dtype=kind) if want else None
+        kinds = hidden.dtype, *2 * [_wide(hidden[:0]).dtype]
+        self.hidden, self.weight, self.bias = map(zeros, (hidden, head.weight, head.bias), wanted, kinds)
 
-    def add(self, rows: slice, hidden: Tensor, dz: Tensor, slope: Tensor | float) -> None:
-        """Push dz (n, V), the gradient at the chunk's logits, through the head; overwrites dz."""
+    def add(self, rows: slice, hidden: Tensor, weight: Tensor, dz: Tensor, slope: Tensor | float) -> None:
+        """Push dz (n, V), the gradient at the chunk's logits, through the head with this `weight`; overwrites dz."""
         if isinstance(slope, Tensor) or slope != 1.0:
             dz.mul_(slope)
         if self.bias is not None:
             self.bias += dz.sum(0)
         low, hidden = dz.to(hidden.dtype), hidden[rows]
         if self.hidden is not None:
-            self.hidden[rows] = low @ self.compute_weight
-        if self.weight is not None and self.weight.dtype == dz.dtype and (low is dz or not dz.is_cuda):
-            self.weight.addmm_(dz.t(), hidden.to(dz.dtype))  # no product of its own, not rounded to bf16
+            self.hidden[rows] = low @ weight
+        if (
+            self.weight is not None and low is not dz and dz.is_cuda
+        ):  # of bf16, but neither rounded to it nor made aside
+            torch.addmm(self.weight, low.t(), hidden, out_dtype=torch.float32, out=self.weight)
         elif self.weight is not None:
-            self.weight += low.t() @ hidden
+            self.weight.addmm_(dz.t(), hidden.to(dz.dtype))
 
 
 class _RowLoss(torch.autograd.Function):
@@ -245,12 +252,12 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, row_fn, stats, chunk, head, teacher, hidden, weight, bias, extra):
-        weight = weight.to(hidden.dtype)
-        want_grad, want_extra = any(ctx.needs_input_grad), ctx.needs_input_grad[8]
-        grads = _HeadGradients(hidden, weight, head, ctx.needs_input_grad[5:8])
-        d_extra = torch.zeros_like(extra) if want_extra else None
+        weight, want_grad = weight.to(hidden.dtype), any(ctx.needs_input_grad)
+        grads = _HeadGradients(hidden, head, ctx.needs_input_grad[5:8])
         teacher_weight = None if teacher is None else teacher.head.weight.to(teacher.hidden.dtype)
+
         values = torch.zeros(hidden.size(0), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
+        d_extra = torch.zeros_like(extra) if ctx.needs_input_grad[8] else None
 
         def one_chunk(rows: slice) -> None:  # a function: its buffers are gone before the next chunk's are made
             z = _project(hidden[rows], weight, head)
@@ -260,8 +267,8 @@ class _RowLoss(torch.autograd.Function):
             for name, x in stat.items():
                 stats.setdefault(name, torch.zeros_like(values))[rows] = x.detach()
             if want_grad:
-                grads.add(rows, hidden, dz, slope)
-            if want_extra:
+                grads.add(rows, hidden, weight, dz, slope)
+            if d_extra is not None:
                 d_extra[rows] = dx
 
         for rows in _chunks(hidden.size(0), head, chunk):
@@ -275,10 +282,9 @@ class _RowLoss(torch.autograd.Function):
     def backward(ctx, d_total, _):
         if ctx.grads is None:
             raise RuntimeError("a second backward pass through one loss: its gradients were handed over in the first")
-        if torch._C._autograd._get_current_graph_task_keep_graph():  # retain_graph: there may be another pass
-            return (None,) * 5 + tuple(None if g is None else g * d_total for g in ctx.grads)
-        grads, ctx.grads = ctx.grads, None  # (V, H) is large: scaled in place, and the parameter takes it as it is
-        return (None,) * 5 + tuple(None if g is None else g.mul_(d_total) for g in grads)
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph: there may be another pass
+        grads, ctx.grads = ctx.grads, ctx.grads if again else None  # (V, H) is large: scaled in place, taken as it is
+        return (None,) * 5 + tuple(g if g is None else g * d_total if again else g.mul_(d_total) for g in grads)
 
 
 def law_stats(logq: Tensor, ids: Tensor | None, q: Tensor | None = None) -> dict[str, Tensor]:
@@ -329,17 +335,16 @@ class _LawReads(torch.autograd.Function):
         ctx.args, ctx.chunks, ctx.kept = (head, tokens, order, ranges), _chunks(num_rows, head, chunk), {}
         ctx.save_for_backward(hidden, weight)
         room = KEPT[weight.device.type] // size if any(ctx.needs_input_grad) else 0
-        some = ctx.chunks[0].stop if ranges else 0
-        running = torch.zeros(some, size + 1, dtype=torch.float64, device=hidden.device)
+        running = hidden.new_zeros(ctx.chunks[0].stop, size + 1, dtype=torch.float64) if ranges else None
         entropy, few, masses = [], [], [[] for _ in ranges]
         for rows in ctx.chunks:
-            z, p, slope = _law(hidden[rows], compute_weight, head)
+            z = _project(hidden[rows], compute_weight, head)
+            p, log_sum = _softmax(z)
             if rows.stop <= room:
-                ctx.kept[rows.start] = p, slope
-            log_sum = z.amax(-1) - p.amax(-1).log()  # of exp(z)
-            entropy.append(log_sum - torch.linalg.vecdot(p, z))
+                ctx.kept[rows.start] = p, _slope(z, head)
+            entropy.append(log_sum[:, 0] - torch.linalg.vecdot(p, z))
             row, token = _part(rows, *tokens)
-            few.append((z[row, token] - log_sum[row]).double())
+            few.append((z[row, token] - log_sum[row, 0]).double())
             if ranges:
                 running[: len(p), 1:].copy_(p.index_select(1, order)).cumsum_(-1)
             for mass, wanted in zip(masses, ranges, strict=True):
@@ -355,12 +360,12 @@ class _LawReads(torch.autograd.Function):
         """At the logits: p (c - sum_v p c) with c(v) the sum of d_mass over the ranges that hold v; d_few (1 - p)."""
         (hidden, weight), (head, tokens, order, ranges) = ctx.saved_tensors, ctx.args
         size, compute_weight, most = weight.size(0), weight.to(hidden.dtype), torch.finfo(_wide(hidden).dtype).max
-        grads = _HeadGradients(hidden, compute_weight, head, ctx.needs_input_grad[5:])
-        place = order.argsort() if ranges else None
+        grads = _HeadGradients(hidden, head, ctx.needs_input_grad[5:])
+        place, law = order.argsort() if ranges else None, lambda z: (F.softmax(z, dim=-1), _slope(z, head))
         for rows in ctx.chunks:
-            dz, slope = ctx.kept.pop(rows.start, None) or _law(hidden[rows], compute_weight, head)[1:]
+            dz, slope = ctx.kept.pop(rows.start, None) or law(_project(hidden[rows], compute_weight, head))
             row, token, d = _part(rows, *tokens[:2], d_few, tokens[2])
-            total = d.new_zeros(len(dz), 1).index_add_(0, row, d[:, None])
+            total, c = d.new_zeros(len(dz), 1).index_add_(0, row, d[:, None]), 0.0
             if ranges:
                 c = total.new_zeros(len(dz), size + 1)
                 for (*wanted, bound), d_mass in zip(ranges, d_masses, strict=True):
@@ -368,16 +373,9 @@ class _LawReads(torch.autograd.Function):
                     c.view(-1).index_add_(0, line * (size + 1) + lo, dm).index_add_(0, line * (size + 1) + hi, -dm)
                 c = c.cumsum_(-1).clamp_(-most, most).to(dz.dtype).index_select(1, place).mul_(dz)
                 total = total + c.sum(-1, keepdim=True)
-            dz.mul_(-total)
-            dz = dz.add_(c) if ranges else dz
-            dz.view(-1).index_add_(0, row * size + token, d.to(dz.dtype))
-            grads.add(rows, hidden, dz, slope)
+            dz.mul_(-total).add_(c).view(-1).index_add_(0, row * size + token, d.to(dz.dtype))
+            grads.add(rows, hidden, compute_weight, dz, slope)
         return (None,) * 5 + (grads.hidden, grads.weight, grads.bias)
-
-
-def _law(hidden: Tensor, weight: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor | float]:
-    z = _project(hidden, weight, head)
-    return z, F.softmax(z, dim=-1), _slope(z, head)
 
 
 def _part(rows: slice, row: Tensor, *columns) -> tuple[Tensor, ...]:
@@ -386,15 +384,15 @@ def _part(rows: slice, row: Tensor, *columns) -> tuple[Tensor, ...]:
     return row[part] - rows.start, *(x[part] for x in columns[:-1])
 
 
-def _law_reads(side: Side, chunk: int | None, *reads) -> tuple[Tensor, ...]:
+def _law_reads(side: Side, chunk: int | None, tokens: tuple, order: Tensor | None = None, ranges=()) -> tuple:
     head = side.head.at(side.temperature)
-    return _LawReads.apply(head, chunk, *reads, side.hidden, head.weight, head.bias)
+    return _LawReads.apply(head, chunk, tokens, order, ranges, side.hidden, head.weight, head.bias)
 
 
 def token_logprobs(side: Side, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Log probability (N,) float64 of each row's own token, with gradient, and the entropy (N,) of each row's law."""
     rows = torch.arange(len(side.ids), device=side.ids.device)
-    entropy, logp = _law_reads(side, chunk, (rows, side.ids, range(len(rows) + 1)), None, ())
+    entropy, logp = _law_reads(side, chunk, (rows, side.ids, range(len(rows) + 1)))
     return logp.clamp_min(FLOOR), entropy
 
 
@@ -402,22 +400,95 @@ def token_logprobs(side: Side, chunk: int | None = None) -> tuple[Tensor, Tensor
 # one vocabulary
 
 
+@functools.cache
+def _jsd_kernel():
+    """What `fused_jsd` needs of a row in three passes over it, by Triton, which torch brings for a GPU."""
+    import triton
+    import triton.language as tl
+
+    globals()["tl"] = tl  # where a kernel looks for it
+
+    def kernel(z, t, ids, out, size, beta, heat, gain, KIND: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr):
+        """Overwrites z by the gradient; out (3, n): value, entropy, log probability; KIND: beta 0, 1, <= 0.5, > 0.5."""
+        row, n, lanes = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.arange(0, BLOCK)
+        z, t, out, nothing = z + row * size, t + row * size, out + row, tl.zeros([BLOCK], tl.float32)
+        top, top_t, total, total_t, hot = nothing - 1e9, nothing - 1e9, nothing, nothing, nothing  # -1e9: no token
+        for i in range(0, size, BLOCK):
+            x = tl.load(z + i + lanes, mask=i + lanes < size, other=-1e9)
+            y = tl.load(t + i + lanes, mask=i + lanes < size, other=-1e9)
+            more, more_t = tl.maximum(top, x), tl.maximum(top_t, y)
+            total = total * tl.exp(top - more) + tl.exp(x - more)
+            total_t = total_t * tl.exp(top_t - more_t) + tl.exp(y - more_t)
+            hot = hot * tl.exp((top - more) * heat) + tl.exp((x - more) * heat)
+            top, top_t = more, more_t
+        most, most_t = tl.max(top, 0), tl.max(top_t, 0)
+        norm = tl.log(tl.sum(total * tl.exp(top - most), 0))
+        norm_t = tl.log(tl.sum(total_t * tl.exp(top_t - most_t), 0))
+        norm_hot = tl.log(tl.sum(hot * tl.exp((top - most) * heat), 0))
+        if ids is not None:
+            tl.store(out + 2 * n, tl.load(z + tl.load(ids + row)) - most - norm)
+        value, entropy, weight, sum_w = nothing, nothing, nothing, 0.0
+        for last in tl.static_range(2):
+            for i in range(0, size, BLOCK):
+                x = tl.load(z + i + lanes, mask=i + lanes < size, other=-1e9) - most
+                logp = tl.load(t + i + lanes, mask=i + lanes < size, other=-1e9) - most_t - norm_t
+                logq = x * heat - norm_hot
+                p, q = tl.exp(logp), tl.exp(logq)
+                if KIND == 0:
+                    w = tl.where(logq <= FLOOR, 0.0, q - p)
+                    term = p * (logp - tl.where(logq <= FLOOR, FLOOR, logq)) + q - p
+                elif KIND == 1:
+                    w = q * (logq - tl.where(logp <= FLOOR, FLOOR, logp))
+                    term = p - q + w
+                else:
+                    d = logp - logq if KIND == 2 else logq - logp
+                    d = tl.where(d > 80.0, 80.0, d)
+                    few = d * (1 + d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720))))))
+                    e = tl.where(tl.abs(d) < 0.25, few, tl.exp(d) - 1) * (beta if KIND == 2 else 1 - beta)
+                    s = e / (2 + e)  # log(1 + e) = 2 artanh(s)
+                    few = s * (2 + s * s * (2 / 3 + s * s * (2 / 5 + s * s * (2 / 7))))
+                    u = tl.where(tl.abs(e) < 0.25, few, tl.log(1 + e))
+                    w, v = (u, u - d) if KIND == 2 else (u - d, u)
+                    term = p * v / (beta - 1) - q * w / beta
+                    w *= q
+                if last:
+                    tl.store(z + i + lanes, (w - q * sum_w) * gain, mask=i + lanes < size)
+                else:
+                    value, weight, entropy = value + term, weight + w, entropy - tl.exp(x - norm) * (x - norm)
+            if last == 0:
+                sum_w = tl.sum(weight, 0)
+                tl.store(out, tl.sum(value, 0))
+                tl.store(out + n, tl.sum(entropy, 0))
+
+    return triton.jit(kernel)
+
+
+def _jsd_rows(z: Tensor, t: Tensor, ids: Tensor | None, beta: float, temperature: float, factor: float) -> tuple:
+    """What a row function returns, for logits z, t (n, V), by `_jsd_kernel`."""
+    kind, a = {0.0: (0, 1.0), 1.0: (1, 1.0)}.get(beta, (2 if beta <= 0.5 else 3, -1 / (beta or 1)))
+    out, gain = z.new_empty(3, len(z)), a * factor / temperature
+    _jsd_kernel()[len(z),](z, t, ids, out, z.size(1), beta, 1 / temperature, gain, kind, FLOOR, 2048, num_warps=8)
+    return out[0] * factor, z, None, dict(zip(("entropy", "logprob")[: 1 if ids is None else 2], out[1:]))
+
+
 def fused_jsd(student: Side, teacher: Side, beta: float, scale: str = "kl", chunk: int | None = None) -> Loss:
     """Sum of `jsd` over rows, from hidden states: no (N, V) tensor in either direction.
 
-    Args:
-        student, teacher: rows that predict the same tokens. Unequal numbers of vocabulary rows are compared on the
-            common first ones. Gradients flow to student.hidden and its head.
-        chunk: rows at a time; None: as CHUNK says.
+    Args: student, teacher: rows that predict the same tokens; of unequal vocabularies the common first entries are
+        compared. Gradients flow to student.hidden and its head. chunk: rows at a time; None: as CHUNK says.
     Returns: Loss with values (N,).
     """
     factor = scale_factor(beta, scale)
     common = min(student.head.weight.size(0), teacher.head.weight.size(0))
 
     def row_fn(z, teacher_z, extra, rows, want_grad):
-        logq, logp = (x.sub_(x.logsumexp(-1, keepdim=True)) for x in (z, teacher_z))
-        q = logq.exp()
-        stats = law_stats(logq, None if student.ids is None else student.ids[rows], q)
+        ids = None if student.ids is None else student.ids[rows]
+        if z.is_cuda and z.dtype == torch.float32 and len(z) and importlib.util.find_spec("triton"):
+            return _jsd_rows(z, teacher_z, ids, beta, student.temperature, factor)
+        logp = teacher_z.sub_(_softmax(teacher_z)[1])
+        q, log_sum = _softmax(z)
+        logq = z.sub_(log_sum)
+        stats = law_stats(logq, ids, q)
         if student.temperature != 1.0:
             logq = F.log_softmax(logq / student.temperature, dim=-1)
             q = logq.exp()
@@ -456,8 +527,8 @@ def _check_served(logprobs: Tensor, ids: Tensor) -> None:
     for what, where in wrong.items():
         if where.any():
             row = int(where.any(1).nonzero()[0, 0])
-            told = [x[row, :8].tolist() for x in (logprobs, ids)]
-            raise ValueError(f"the teacher's server answers with log probabilities {what}, in row {row}: {told}")
+            told = f"in row {row}: {[x[row, :8].tolist() for x in (logprobs, ids)]}"
+            raise ValueError(f"the teacher's server answers with log probabilities {what}, {told}")
 
 
 def topk_jsd(
@@ -465,8 +536,7 @@ def topk_jsd(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Generalized JSD over k named tokens and one bucket for all others: what a served teacher can tell.
 
-    The coarsening of both laws to k + 1 outcomes, so a lower bound of `jsd`, and never a renormalised top-k: that says
-    nothing about what the student puts on all other tokens.
+    The coarsening of both laws to k + 1 outcomes: a lower bound of `jsd`; a renormalised top-k would forget the rest.
 
     Args: student_logits (N, V); ids (N, k), distinct within a row; teacher_logprobs (N, k) of those ids.
     Returns: (N,) values and {"teacher_mass", "student_mass"}: (N,) probability on the named tokens.
@@ -512,15 +582,13 @@ def alm_loss(student: Side, teacher_logprobs: Tensor, teacher_span: Tensor, chun
     With a, b = -log P(span) of teacher and student, tau KL(Bernoulli(e^{-a/tau}) || Bernoulli(e^{-b/tau})) tends to
     a log(a/b) - a + b. The teacher's own token probabilities are all it needs: a served teacher has them.
 
-    Args: teacher_logprobs (N',), teacher_span (N',): of the teacher's tokens.
-    Returns: Loss with values (G,).
+    Args: teacher_logprobs (N',), teacher_span (N',): of the teacher's tokens. Returns: Loss with values (G,).
     """
     num_spans = int(student.span.max()) + 1 if student.span.numel() else 0
     logq, entropy = token_logprobs(student, chunk)
 
-    def per_span(logs, span):  # -1, no span, is the last of one more
-        return -logs.new_zeros(num_spans + 1).index_add(0, span % (num_spans + 1), logs)[:-1]
-
+    # -1, no span, is the last of one more
+    per_span = lambda logs, span: -logs.new_zeros(num_spans + 1).index_add(0, span % (num_spans + 1), logs)[:-1]
     sides = (teacher_logprobs.double(), teacher_span), (logq, student.span)
     a, b = (per_span(*side).clamp_min(1e-9) for side in sides)
     values = a * (a / b).log() - a + b  # >= 0, and exactly 0 at a = b
@@ -553,8 +621,7 @@ def uld_loss(
         """Log probability (G,) of the span's tokens before the one whose whole law is compared."""
         keep = side.span >= 0
         keep[last] = False
-        rows = keep.nonzero()[:, 0]
-        logp, _ = token_logprobs(side.at(rows), chunk)
+        logp, _ = token_logprobs(side.at(rows := keep.nonzero()[:, 0]), chunk)
         return logp.new_zeros(last.numel()).index_add(0, side.span[rows], logp)
 
     def sorted_l1(q: Tensor, p: Tensor) -> Tensor:
@@ -592,8 +659,8 @@ class Queries:
     `order` lists token ids sorted by their bytes, then the ends of a text, then all others; a range is [lo, hi) in it.
     Query e reads the law of row[e]. The first N ask for the rows' own tokens, the next K for outcomes, the last T for
     the totals that the outcomes of an offset are divided by; to them the mass is added, times the probability of the
-    path up to the row. Row full_row[f] also adds its whole next-byte law to the 257 outcomes from full_slot[f]: the
-    bytes, then the end. Small ranges are given token by token, so that what is small is exact.
+    path up to the row. Row full_row[f] also adds its whole next-byte law to the 257 outcomes from full_slot[f]: bytes,
+    then the end. Small ranges are given token by token: exact.
     """
 
     order: Tensor  # (V,)
@@ -610,23 +677,6 @@ class Queries:
     full_row: Tensor  # (F,) ascending
     full_slot: Tensor  # (F,)
     bounds: list[list[int]]  # how many of narrow, wide and full_row are of rows before row 0, 1, .., N
-
-
-TINY = 1e-200  # stands for a probability too small to see, where 0 would say that the text cannot be written
-
-
-def _range_masses(side: Side, q: Queries, chunk: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy (N,), log mass (E,) of each query's range, next-byte law (F, 257) of the full rows; float64.
-
-    What the vocabulary can write is never 0, what it cannot write is exactly 0.
-    """
-    whole = q.full_row.size(0), 257
-    tokens = q.row[q.narrow], q.order[q.place], q.bounds[0]
-    wide = q.row[q.wide], q.lo, q.hi, q.bounds[1]
-    full = *(x.expand(whole) for x in (q.full_row[:, None], q.edge[:-1], q.edge[1:])), q.bounds[2]
-    entropy, few, many, full = _law_reads(side, chunk, tokens, q.order, (wide, full))
-    mass = _segment_logsumexp(few, q.narrow, q.row.size(0)).index_copy(0, q.wide, many.clamp_min(TINY).log())
-    return entropy, mass, full.clamp_min(TINY) * (q.edge.diff() > 0)
 
 
 def _segment_logsumexp(x: Tensor, segment: Tensor, num_segments: int) -> Tensor:
@@ -661,7 +711,12 @@ def prefix_loss(
 
     def text_law(side: Side, q: Queries) -> tuple[Tensor, dict[str, Tensor]]:
         """Probabilities (O,) of the outcomes: sums of path times range, over the total of the outcome's offset."""
-        entropy, mass, full = _range_masses(side, q, chunk)
+        whole = q.full_row.size(0), 257
+        tokens, wide = (q.row[q.narrow], q.order[q.place], q.bounds[0]), (q.row[q.wide], q.lo, q.hi, q.bounds[1])
+        full = *(x.expand(whole) for x in (q.full_row[:, None], q.edge[:-1], q.edge[1:])), q.bounds[2]
+        entropy, few, many, full = _law_reads(side, chunk, tokens, q.order, (wide, full))
+        mass = _segment_logsumexp(few, q.narrow, q.row.size(0)).index_copy(0, q.wide, many.clamp_min(TINY).log())
+        full = full.clamp_min(TINY) * (q.edge.diff() > 0)  # only what a vocabulary cannot write at all is 0
         own, *_ = mass.split(sizes := [q.start.numel(), q.slot.numel(), q.total.numel()])
         before = own.cumsum(0) - own  # (N,) log probability of all earlier tokens of the batch
         log_path = before - before[q.start]
@@ -677,13 +732,10 @@ def prefix_loss(
     with torch.no_grad():
         teacher_law, _ = text_law(teacher, teacher_queries)
 
-    # what one vocabulary cannot write at all is part of "anything else" for both; NaN stays
+    # what one vocabulary cannot write at all is part of "anything else", the rest, for both; NaN stays
     shared = counted & (student_law != 0) & (teacher_law != 0)
-    logq, logp = (law.where(shared, 1.0).log() for law in (student_law, teacher_law))  # log 1 on both sides: 0
-    # what is left for "anything else"
-    rest = lambda law: (
-        (1 - law.new_zeros(num_offsets).index_add(0, offset, law.where(shared, 0.0))).clamp_min(1e-12).log()
-    )
-    values = divergence(rest(teacher_law), rest(student_law), beta, scale)
-    values = values.index_add(0, offset, divergence(logp, logq, beta, scale))
+    q, p = (law.where(shared, 0.0) for law in (student_law, teacher_law))
+    rest = lambda law: (1 - law.new_zeros(num_offsets).index_add(0, offset, law)).clamp_min(1e-12).log()
+    terms = divergence((p + ~shared).log(), (q + ~shared).log(), beta, scale)  # log 1 and log 1: 0
+    values = divergence(rest(p), rest(q), beta, scale).index_add(0, offset, terms)
     return Loss(values.sum(), values.detach(), stats)

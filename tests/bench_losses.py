@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "forks"))
 
 import bins_loss  # noqa: F401  its losses enter the trainer
 import numpy as np
+import second_pass  # noqa: F401
 import torch
 
 import gold_buffer
@@ -43,7 +44,11 @@ CELLS = {  # name: loss, beta (ce, uld and alm have none)
     "ce": ("ce", 0.5),
     "uld": ("uld", 0.5),
     "alm": ("alm", 0.5),
-    **{f"{x}, beta {beta:g}": (x, beta) for x in ("hybrid", "bins", "bins+alm", "prefix") for beta in (0.5, 0.0)},
+    **{
+        f"{x}, beta {beta:g}": (x, beta)
+        for x in ("hybrid", "bins", "bins+alm", "prefix", "whole")
+        for beta in (0.5, 0.0)
+    },
 }
 SEEDS = (0, 1, 2)
 STEPS, ROWS = 150, 32  # optimizer steps of every cell, completions per step

@@ -124,7 +124,7 @@ def main() -> None:
             if not (out / "time.json").exists():
                 out.mkdir(exist_ok=True)
                 python = args.peers if merge else sys.executable
-                subprocess.run([python, __file__, "--job", json.dumps(job)], check=True)
+                subprocess.run([python, __file__, "--job", json.dumps(job)], check=True, stdout=sys.stderr)
             share, error = accuracy(out)
             found.append(f"{share:.1%} ± {error:.1%}, {json.loads((out / 'time.json').read_text()):.0f} s")
             print(name, args.steps, "steps, rate", rate, found[-1], file=sys.stderr, flush=True)

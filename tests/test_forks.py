@@ -416,3 +416,64 @@ def test_smollm2_of_the_package_is_the_model_it_says(fork, tmp_path):
     folder = fork("prune_and_distill").smollm2(tmp_path / "whole")
     model = gold_buffer.load_model(folder, None, torch.float32, "cpu")
     assert len(model.model.layers) == 30 and model.num_parameters() == 134_515_008
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# second_pass.py
+
+
+def law_of_next_bytes(model, v, prompt: list[int], text: bytes, offsets: int) -> torch.Tensor:
+    """(offsets, 257), every context a row of its own and every token by itself."""
+    contexts = [list(v.encode(text[:m])[0]) for m in range(offsets)]
+    out = []
+    logs = [model(input_ids=torch.tensor([prompt + c])).logits[0].log_softmax(-1) for c in contexts]
+    at = len(prompt) - 1
+    path = [sum((lp[at + i, t] for i, t in enumerate(c)), torch.zeros(())) for lp, c in zip(logs, contexts)]
+    for k in range(offsets):
+        masses = [torch.zeros((), dtype=torch.float64) for _ in range(257)]
+        for m in range(k + 1):
+            p, seen = (path[m] + logs[m][at + len(contexts[m])]).exp(), text[m:k]
+            for t, written in enumerate(v.bytes):
+                if written and len(written) > len(seen) and written.startswith(seen):
+                    masses[written[len(seen)]] = masses[written[len(seen)]] + p[t]
+            masses[256] = masses[256] + (p[list(v.ends)].sum() if m == k else 0.0)
+        out.append(torch.stack(masses) / sum(masses))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_the_second_pass_has_the_whole_laws_of_text_and_their_gradient(fork, models, tmp_path, beta):
+    second, cfg = fork("second_pass"), gold_train.Config(cross_tokenizer_loss="whole", beta=beta)
+    names = [models[name] for name in ("student", "cross")]
+    pair = [gold_data.load_vocabulary(name) for name in names]
+    both = [gold_buffer.load_model(name, None, torch.float64, "cpu") for name in names]
+    encoder, samples = gold_buffer.Encoder(*pair, 30, True, False), []
+    for text, finished in (("It is 12.", True), ("Let us count ag", False)):
+        ids = encoder.student.encode(text.encode())[0] + [pair[0].ends[0]] * finished
+        prompts = ([5, 6, 7], [9, 8]) if finished else ([3], [4, 5, 6, 7])
+        samples.append(encoder.align(gold_data.Sample(prompts[0], ids, finished, False, prompts[1])))
+    tables = second.whole_pair(cfg, *pair, torch.from_numpy)
+    batch = second.collate(samples)
+    (backbone, head), teacher = gold_buffer.split_head(both[0]), gold_buffer.LocalTeacher(both[1])
+    student = gold_train.Student(both[0], backbone, torch.float64)
+    read = lambda: gold_loss.Head(**head)
+    parts = gold_train.Parts(student, read, gold_train.nullcontext(), None, teacher, gold_loss.Head(**teacher.head))
+    rows = batch.student_rows[batch.scored]
+    ours = gold_loss.Side(student(batch.student_ids, rows), read(), batch.student_targets[batch.scored])
+    theirs = gold_loss.Side(teacher.hidden(batch.teacher_ids, batch.teacher_rows), parts.teacher_head)
+    loss, of = second.compare(cfg, parts, tables, ours, theirs, batch)
+    laws, logprobs = [], []
+    for s in samples:
+        text, n = pair[0].join(s.completion_ids)[: s.alignment.scored_bytes], s.alignment.scored_bytes + s.finished
+        sides = zip(both, pair, (s.prompt_ids, s.teacher_prompt_ids))
+        laws.append([law_of_next_bytes(*side, text, n).log() for side in sides])
+        logits = both[0](input_ids=torch.tensor([s.prompt_ids + s.completion_ids])).logits[0, len(s.prompt_ids) - 1 :]
+        scored = s.completion_ids[: s.alignment.student_scored]
+        logprobs += [lp[t] for lp, t in zip(logits.log_softmax(-1).detach(), scored)]
+    expected = torch.cat([gold_loss.divergence(p.detach(), q, beta).sum(-1) for q, p in laws])
+    assert of.tolist() == [0] * 10 + [1] * (len(expected) - 10) and len(expected) > 20
+    torch.testing.assert_close(loss.values, expected.detach(), rtol=1e-6, atol=1e-9)
+    grads = lambda x: torch.autograd.grad(x, list(both[0].parameters()), allow_unused=True)
+    for a, b in zip(grads(loss.total), grads(expected.sum())):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)  # transformers' norms compute in float32
+    torch.testing.assert_close(loss.stats["logprob"], torch.stack(logprobs))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import gold_buffer
+import gold_loss
 import gold_train
 from gold_train import Config, Ranks
 
@@ -125,6 +126,59 @@ def test_the_exact_parts_of_the_benchmark_hold(part, monkeypatch):
     monkeypatch.setattr(bench_gpu, "LINES", [])
     bench_gpu.PARTS[part]()
     assert bench_gpu.LINES and all(bench_gpu.LINES)
+
+
+def bf16_problem(n: int = 300, v: int = 5001, h: int = 256):
+    """Sides in bf16 with a master weight in float32, and both models' logits as bf16 inputs make them, in float64."""
+    random = lambda *shape: torch.randn(*shape, device="cuda")
+    hidden, weight = random(n, h).bfloat16().requires_grad_(), (3 * random(v, h) / h**0.5).requires_grad_()
+    known, other, ids = random(n, h).bfloat16(), (3 * random(v, h) / h**0.5).bfloat16(), torch.arange(n, device="cuda")
+    student = gold_loss.Side(hidden, gold_loss.Head(weight), ids)
+    exact = hidden.detach().double(), weight.detach().bfloat16().double()
+    return student, gold_loss.Side(known, gold_loss.Head(other), ids), exact, known.double() @ other.double().t()
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_logits_and_the_gradient_of_the_head_are_not_rounded_to_bf16(beta):
+    student, teacher, (hidden, weight), known = bf16_problem()
+    z = gold_loss._project(student.hidden.detach(), student.head.weight.detach().bfloat16(), student.head)
+    assert z.dtype == torch.float32 and torch.allclose(z.double(), hidden @ weight.t(), rtol=1e-4, atol=1e-4)
+    weight.requires_grad_()
+    values = gold_loss.jsd(hidden @ weight.t(), known, beta)
+    (expected,) = torch.autograd.grad(values.sum(), weight)
+    loss = gold_loss.fused_jsd(student, teacher, beta)
+    assert torch.allclose(loss.values.double(), values, rtol=1e-4, atol=1e-4), "bf16 logits are off by up to 0.06"
+    (grad,) = torch.autograd.grad(loss.total, student.head.weight)
+    assert grad.dtype == torch.float32 and (grad - expected).norm() < 4e-3 * expected.norm(), "dz alone is rounded"
+
+
+@pytest.mark.gpu
+@gpu
+def test_the_loss_needs_no_second_gradient_of_the_head():
+    """Beside the gradient itself: the weight in bf16, half as large, and chunks."""
+    student, teacher, *_ = bf16_problem(64, 100_000, 512)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, head = torch.cuda.memory_allocated(), student.head.weight.numel()
+    gold_loss.fused_jsd(student, teacher, 0.5, chunk=8).total.backward()
+    assert torch.cuda.max_memory_allocated() - before < (4 + 2 + 1) * head
+    assert student.head.weight.grad.numel() == head
+
+
+@pytest.mark.gpu
+@gpu
+def test_the_loss_never_waits_for_the_gpu():
+    """test_loss.py shows it of all losses on tensors without values; here cuBLAS and the kernel have a say."""
+    student, teacher, *_ = bf16_problem()
+    run = lambda: gold_loss.fused_jsd(student, teacher, 0.5, chunk=100).total.backward()
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -3,7 +3,11 @@
 pytest tests/test_loss.py
 """
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import bins_loss
@@ -20,6 +24,7 @@ import gold_loss
 from gold_loss import Head, Side
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
 def logits(*shape, seed=0, spread=2.0):
@@ -167,6 +172,61 @@ def test_fused_jsd_passes_gradcheck(beta):
         return gold_loss.fused_jsd(Side(h, Head(w, b, 0.5, 2.0), None), teacher, beta, chunk=3).total
 
     assert gradcheck(total, (student.hidden, student.head.weight, student.head.bias))
+
+
+@triton
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("size", [5, 2048, 5001])  # less than one block of the kernel, exactly one, two and a bit
+@pytest.mark.parametrize("beta", (*BETAS, 1e-6, 1e-3, 0.999, 1 - 1e-6))
+def test_the_kernel_for_gpus_is_at_least_as_exact_as_the_plain_form(beta, size, temperature):
+    """On a GPU, or in Triton's interpreter, against float64, with masked ids of either side and of both."""
+    s, t = (logits(5, size, seed=i, spread=3.0).float() for i in (0, 1))
+    s[0, 2] = t[1, 1] = s[2, 3] = t[2, 3] = gold_loss.MASKED
+    ids, exact = torch.tensor([0, 1, 2, 4, 3]), s.double().requires_grad_()
+    values = gold_loss.divergence(t.double().log_softmax(-1), (exact / temperature).log_softmax(-1), beta).sum(-1)
+    (expected,) = torch.autograd.grad(values.sum(), exact)
+    logp = s.double().log_softmax(-1)
+    told = {"entropy": -(logp.exp() * logp).sum(-1), "logprob": logp.gather(1, ids[:, None])[:, 0]}
+    student = Side(s.clone().requires_grad_(), Head(torch.eye(size)), ids, temperature=temperature)
+    plain = gold_loss.fused_jsd(student, Side(t, Head(torch.eye(size))), beta)
+    (plain_grad,) = torch.autograd.grad(plain.total, student.hidden)
+    off = lambda got: ((got.cpu() - values).abs() / (1 + values)).max().item()
+    off_grad = lambda got: ((got.cpu() - expected).norm() / expected.norm()).item()
+    s, t, ids = (x.to("cuda" if torch.cuda.is_available() else "cpu") for x in (s, t, ids))
+    got, dz, _, stats = gold_loss._jsd_rows(z := s.clone(), t.clone(), ids, beta, temperature, 1.0)
+    assert dz is z and off(got) < max(2e-6, off(plain.values)) and off_grad(dz) < max(1e-6, 2 * off_grad(plain_grad))
+    assert all(torch.allclose(stats[name].double().cpu(), x, rtol=2e-6, atol=2e-6) for name, x in told.items())
+    half, dz, _, stats = gold_loss._jsd_rows(s.clone(), t.clone(), None, beta, temperature, 0.5)
+    assert torch.equal(half, got * 0.5) and torch.allclose(dz, z * 0.5) and stats.keys() == {"entropy"}
+    for bad in (math.nan, math.inf):  # of one row of one model: nothing hides it
+        for which in (0, 1):
+            pair = [s.clone(), t.clone()]
+            pair[which][1, 0] = bad
+            value, *_ = gold_loss._jsd_rows(*pair, ids, beta, temperature, 1.0)
+            assert value.isfinite().tolist() == [True, False, True, True, True]
+
+
+COMPILE = """
+import gold_loss, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+names = ["z", "t", "ids", "out", "size", "beta", "heat", "gain", "KIND", "FLOOR", "BLOCK"]
+for ids in ("*i64", "constexpr"):
+    for kind in range(4):
+        kinds = dict(zip(names, ["*fp32"] * 2 + [ids, "*fp32", "i32"] + ["fp32"] * 3 + ["constexpr"] * 3))
+        given = {"KIND": kind, "FLOOR": gold_loss.FLOOR, "BLOCK": 2048} | ({"ids": None} if ids == "constexpr" else {})
+        source = ASTSource(fn=gold_loss._jsd_kernel(), signature=kinds, constexprs=given)
+        assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["cubin"]
+"""
+
+
+@triton
+def test_the_kernel_for_gpus_compiles_for_one():
+    """To machine code of sm_90: the interpreter accepts what the compiler does not."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # gold_loss is there, and triton
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_tied_and_frozen_heads():
