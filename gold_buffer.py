@@ -413,9 +413,8 @@ class VLLMSampler:
             # outputs are named without the random part
             self.late = {name.rpartition("-")[0]: i for i, name in enumerate(names)}
             while self.late:
-                for out in self.llm.llm_engine.step():
-                    if out.finished:
-                        yield self.late.pop(out.request_id), out
+                for out in (out for out in self.llm.llm_engine.step() if out.finished):
+                    yield self.late.pop(out.request_id), out
                 self.check()
 
     @contextlib.contextmanager
@@ -565,8 +564,7 @@ class RowStream:
 class Encoder:
     """Rows -> prompt and completion ids of both models. `teacher` is None when there is no teacher.
 
-    Encoding changes tokenizers: once windows are made, they belong to the thread that makes them, and to the one that
-    it makes for a window while there is one.
+    Encoding changes tokenizers: once there are windows, only the thread that makes them or, meanwhile, its aligner may.
     """
 
     student: Vocabulary
