@@ -85,10 +85,12 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
     for block in blocks:
         block.unshard()
         block.set_reshard_after_forward(False, recurse=False)
-    yield
-    for block in blocks:
-        block.set_reshard_after_forward(block is not model, recurse=False)
-        block.reshard()  # what stays whole would be stale after the optimizer's step
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.set_reshard_after_forward(block is not model, recurse=False)
+            block.reshard()  # what stays whole would be stale after the optimizer's step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,13 +203,18 @@ class HFSampler:
         finally:
             self.model.train(training)
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, requests: list[Request], sampling: Sampling, done: Callable = lambda i, x: None
+    ) -> list[Rollout]:
+        """The rollouts, in order; each is told to done(its number, rollout) as soon as it has ended."""
         rollouts: dict[int, Rollout] = {}
         rows = lambda longest: int(self.max_batch_tokens // min(self.limit, longest + sampling.max_new_tokens))
         with self._reading():
             for batch in by_length([len(r.prompt_ids) for r in requests], rows, self.progress):
-                for i, (ids, logprobs) in zip(batch, self._decode([requests[i] for i in batch], sampling)):
-                    rollouts[i] = Rollout(ids, logprobs, ids[-1] in sampling.end_ids, self.version)
+                for row, *written in self._decode([requests[i] for i in batch], sampling):
+                    i = batch[row]
+                    rollouts[i] = Rollout(*written, self.version)
+                    done(i, rollouts[i])
         return [rollouts[i] for i in range(len(requests))]
 
     def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
@@ -222,47 +229,51 @@ class HFSampler:
                 out |= {i: -x[: len(sequences[i]) - 1] for i, x in zip(batch, nll.double().cpu().numpy())}
         return [out[i] for i in range(len(sequences))]
 
-    def _decode(self, requests: list[Request], s: Sampling) -> list[tuple[list[int], list[float]]]:
+    def _decode(self, requests: list[Request], s: Sampling) -> Iterator[tuple[int, list[int], list[float], bool]]:
+        """(number of the request, its ids, their log probabilities, whether it ended itself) of each as it ends."""
         from transformers import DynamicCache
 
-        put = functools.partial(torch.tensor, device=self.device)
         left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
         prompts = [torch.tensor(r.prompt_ids, dtype=torch.long) for r in requests]
         ids, mask = (left(x).to(self.device) for x in (prompts, [torch.ones_like(p) for p in prompts]))
-        position = (mask.cumsum(1) - 1).clamp_min(0)
+        position, read, padded = (mask.cumsum(1) - 1).clamp_min(0), ids.size(1), len(set(map(len, prompts))) > 1
+        mask = torch.nn.functional.pad(mask, (0, s.max_new_tokens), value=1)  # as wide as it will be
         rngs = (np.random.Generator(np.random.Philox(r.seed)) for r in requests)
-        uniform = put(np.stack([rng.random(s.max_new_tokens) for rng in rngs]))
-        room = put([min(s.max_new_tokens, self.limit - len(r.prompt_ids)) for r in requests])
-        ends, alive = put(s.end_ids, dtype=torch.long), torch.arange(len(requests), device=self.device)
-        cache, steps = DynamicCache(config=self.model.config), []
+        uniform = torch.tensor(np.stack([rng.random(s.max_new_tokens) for rng in rngs]), device=self.device)
+        room = [min(s.max_new_tokens, self.limit - len(r.prompt_ids)) for r in requests]
+        alive, out, cache = (
+            [*range(len(requests))],
+            [([], []) for _ in requests],
+            DynamicCache(config=self.model.config),
+        )
         recurrent = "cache_params" in inspect.signature(self.model.forward).parameters  # swallows what it does not know
         known = {"cache_params" if recurrent else "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         for t in range(s.max_new_tokens):
-            seen = mask[:, -ids.size(1) :] if recurrent else mask
+            seen = mask[:, read - ids.size(1) if recurrent else 0 : read] if padded else None
             z = self.model(input_ids=ids, attention_mask=seen, position_ids=position, **known).logits[:, -1].float()
-            token = draw(z, uniform[alive, t], s)
-            steps.append((alive, token, z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1)))
-            going = ~torch.isin(token, ends) & (t + 1 < room[alive])
-            if not going.all():  # rows that have ended leave the batch
-                keep = going.nonzero()[:, 0]
-                if not len(keep):
-                    break
+            token = draw(z, uniform[:, t], s)
+            logprob, going = z.gather(1, token[:, None])[:, 0] - z.logsumexp(-1), []
+            for row, (i, new, x) in enumerate(zip(alive, token.tolist(), logprob.tolist())):
+                out[i][0].append(new)
+                out[i][1].append(x)
+                if new in s.end_ids or t + 1 >= room[i]:
+                    yield i, *out[i], new in s.end_ids
+                else:
+                    going.append(row)
+            if not going:
+                return
+            if len(going) < len(alive):  # rows that have ended leave the batch
+                alive, keep = [alive[row] for row in going], torch.tensor(going, device=self.device)
                 cache.reorder_cache(keep)
-                alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
-            ids, position = token[:, None], position[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        out = [([], []) for _ in requests]
-        for row, token, logprob in zip(*(torch.cat(x).tolist() for x in zip(*steps))):
-            out[row][0].append(token)
-            out[row][1].append(logprob)
-        return out
+                token, mask, position, uniform = (x[keep] for x in (token, mask, position, uniform))
+            ids, position, read = token[:, None], position[:, -1:] + 1, read + 1
 
 
 def draw(z: Tensor, u: Tensor, s: Sampling) -> Tensor:
     """One token (B,) per row of logits z (B, V) from uniform numbers u (B,) in [0, 1), by inverting the CDF."""
     if s.temperature == 0:
         return z.argmax(-1)
-    p = torch.softmax(z / s.temperature, -1)
+    p = torch.softmax(z if s.temperature == 1 else z / s.temperature, -1)
     if s.top_k and s.top_k < p.size(1):
         p = p.masked_fill(p < p.topk(s.top_k).values[:, -1:], 0.0)
     if s.min_p > 0:
@@ -313,7 +324,7 @@ class VLLMSampler:
 
         self.limit, self.deadline, self.version = max_model_len, deadline, -1 if load_format == "dummy" else 0
         self.window = max_model_len - 2  # of score: the last token is read too, and one more has to be written
-        self.until, self.late, self.dead = math.inf, [], False
+        self.until, self.late, self.dead = math.inf, {}, False
         self.collective, self.group = tensor_parallel > 1, None  # every rank of an engine must make every call
         if self.collective:
             self.group, _ = dist.new_subgroups(tensor_parallel, backend="gloo")
@@ -326,6 +337,7 @@ class VLLMSampler:
         extra = {"distributed_executor_backend": "external_launcher"} if self.had_group else {}
         extra |= {"kv_cache_memory_bytes": int(memory)} if memory > 1 else {"gpu_memory_utilization": memory}
         environment, set_num_threads = dict(os.environ), torch.set_num_threads
+        precision = torch.get_float32_matmul_precision()
         with self._engine():
             self.llm = LLM(
                 model=model, revision=revision, dtype=dtype, max_model_len=max_model_len, max_num_seqs=256,
@@ -337,6 +349,7 @@ class VLLMSampler:
         self.llm.update_weight_version(str(self.version))
         self.end_ids = ids_of(self.llm.model_config.try_get_generation_config().get("eos_token_id"))
         torch.set_num_threads = set_num_threads  # the CPU engine replaces it, and writes to the environment
+        torch.set_float32_matmul_precision(precision)  # the GPU engine sets its own for the whole process
         for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD"):
             os.environ.pop(name, None)
             os.environ.update({k: v for k, v in environment.items() if k == name})
@@ -359,7 +372,10 @@ class VLLMSampler:
             self.llm.update_weight_version(str(version))
             self.version = version
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
+    def generate(
+        self, requests: list[Request], sampling: Sampling, done: Callable = lambda i, x: None
+    ) -> list[Rollout]:
+        """As HFSampler.generate."""
         parts, rank = [requests], 0
         if self.collective:  # every rank of an engine gives it all requests
             parts, rank = [None] * dist.get_world_size(self.group), dist.get_rank(self.group)
@@ -367,45 +383,46 @@ class VLLMSampler:
         asked, first, how = sum(parts, []), sum(map(len, parts[:rank])), sampling.for_vllm()
         room = [min(sampling.max_new_tokens, self.limit - len(r.prompt_ids)) for r in asked]
         how = [how | {"logprobs": 0, "seed": r.seed, "max_tokens": n} for r, n in zip(asked, room)]  # of its own tokens
-        rollouts = []
-        for out in self._run([r.prompt_ids for r in asked], how)[first : first + len(requests)]:
-            c = out.outputs[0]
-            logprobs = [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
-            version = int(c.weight_versions[0].version)
-            rollouts.append(Rollout(list(c.token_ids), logprobs, c.finish_reason == "stop", version))
-        return rollouts
+        rollouts: dict[int, Rollout] = {}
+        for i, out in self._run([r.prompt_ids for r in asked], how):
+            if first <= i < first + len(requests):
+                c, i = out.outputs[0], i - first
+                logprobs = [entry[token].logprob for token, entry in zip(c.token_ids, c.logprobs)]
+                version = int(c.weight_versions[0].version)
+                rollouts[i] = Rollout(list(c.token_ids), logprobs, c.finish_reason == "stop", version)
+                done(i, rollouts[i])
+        return [rollouts[i] for i in range(len(requests))]
 
     def score(self, sequences: list[list[int]]) -> list[np.ndarray]:
         """As HFSampler.score."""
-        outputs = self._run(sequences, [{"max_tokens": 1, "prompt_logprobs": 0}] * len(sequences))
-        found = [out.prompt_logprobs for out in outputs]
+        outputs = dict(self._run(sequences, [{"max_tokens": 1, "prompt_logprobs": 0}] * len(sequences)))
+        found = [outputs[i].prompt_logprobs for i in range(len(sequences))]
         return [np.array([at[i].logprob for i, at in zip(s[1:], f[1:])]) for s, f in zip(sequences, found)]
 
-    def _run(self, prompts: list[list[int]], how: list[dict]) -> list:
-        """vLLM's outputs, in order."""
+    def _run(self, prompts: list[list[int]], how: list[dict]) -> Iterator[tuple[int, object]]:
+        """(number of the prompt, vLLM's output) as they end."""
         from vllm import SamplingParams
 
         if self.version < 0:
             raise RuntimeError("load_weights before generate: the engine holds random weights")
         if not prompts:
-            return []
-        done, params = {}, [SamplingParams(detokenize=False, **settings) for settings in how]
+            return
+        params = [SamplingParams(detokenize=False, **settings) for settings in how]
         with self._engine():
             names = self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-            names = [name.rpartition("-")[0] for name in names]  # outputs are named without the random part
-            self.late = list(range(len(names)))
-            while len(done) < len(names):
-                done |= {out.request_id: out for out in self.llm.llm_engine.step() if out.finished}
-                self.late = [i for i, name in enumerate(names) if name not in done]
+            # outputs are named without the random part
+            self.late = {name.rpartition("-")[0]: i for i, name in enumerate(names)}
+            while self.late:
+                for out in (out for out in self.llm.llm_engine.step() if out.finished):
+                    yield self.late.pop(out.request_id), out
                 self.check()
-        return [done[name] for name in names]
 
     @contextlib.contextmanager
     def _engine(self):
         """Around every use of the engine, which seeds python, numpy and torch and draws from their generators."""
         if self.dead:
             raise RuntimeError("the vLLM engine cannot be used any more: an earlier call failed")
-        self.until, self.late, self.dead = time.monotonic() + self.deadline, [], True
+        self.until, self.late, self.dead = time.monotonic() + self.deadline, {}, True
         python, numpy_state = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
             try:
@@ -418,7 +435,11 @@ class VLLMSampler:
     def check(self) -> None:
         """Raises TimeoutError if a call is past its deadline; from another thread when the engine itself hangs."""
         if time.monotonic() > self.until:
-            what = f"{len(self.late)} requests (positions {self.late[:20]})" if self.late else "loading weights"
+            what = (
+                f"{len(self.late)} requests (positions {list(self.late.values())[:20]})"
+                if self.late
+                else "loading weights"
+            )
             advice = "lower the window or --max-completion-length. The last checkpoint goes on with --resume."
             raise TimeoutError(f"vLLM has not finished {what} after {self.deadline:.0f} s: {advice}")
 
@@ -543,7 +564,7 @@ class RowStream:
 class Encoder:
     """Rows -> prompt and completion ids of both models. `teacher` is None when there is no teacher.
 
-    Once windows are made, tokenizers are used by the thread that makes them and by no other: encoding changes them.
+    Encoding changes tokenizers: once there are windows, only the thread that makes them or, meanwhile, its aligner may.
     """
 
     student: Vocabulary
@@ -585,6 +606,16 @@ class Encoder:
             room = self.teacher_positions - len(sample.teacher_prompt_ids)
             sample.alignment = gold_data.align(*both, ids, sample.finished, self.prefix, room)
         return sample
+
+    def sampled(self, sample: Sample, rollout: Rollout) -> Sample:
+        ids = self.known(rollout.completion_ids)
+        sample.completion_ids, sample.finished = ids, rollout.finished and len(ids) == len(rollout.logprobs)
+        sample.logprobs, sample.version = rollout.logprobs[: len(ids)], rollout.version
+        return self.align(sample)
+
+    def written(self, sample: Sample, text: str, whole: bool) -> Sample:
+        sample.completion_ids, sample.finished = self.completion(text, whole)
+        return self.align(sample)
 
 
 def _copies(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -667,24 +698,23 @@ class WindowBuffer:
                     requests.append((samples[-1], Request(prompt, seed)))
                 else:
                     answers.append((samples[-1], epoch, text))
-        split = weights is not None and any(isinstance(x, DTensor) for x in weights.values())  # gathered by all ranks
-        if requests or split or (self.sampler and self.sampler.collective):
-            self.sampler.load_weights(weights, version)
-            seconds["sync"] = time.perf_counter() - start
-            rollouts = self.sampler.generate([r for _, r in requests], self.sampling)
-            for (sample, _), rollout in zip(requests, rollouts):
-                ids = self.encoder.known(rollout.completion_ids)
-                sample.completion_ids, sample.finished = ids, rollout.finished and len(ids) == len(rollout.logprobs)
-                sample.logprobs, sample.version = rollout.logprobs[: len(ids)], rollout.version
-            self.sampler.sleep()
         texts = [(text, True) for *_, text in answers]
         if self.teacher_answers is not None:
             wanted = [(epoch, s.row, s.teacher_prompt_ids) for s, epoch, _ in answers]
             texts = self.teacher_answers(wanted, self._soon(step))
-        for (sample, *_), (text, whole) in zip(answers, texts):
-            sample.completion_ids, sample.finished = self.encoder.completion(text, whole)
-        for sample in samples:
-            self.encoder.align(sample)
+        split = weights is not None and any(isinstance(x, DTensor) for x in weights.values())  # gathered by all ranks
+        # what is written is aligned while the sampler computes. A thread: a process would need vocabularies and caches
+        with ThreadPoolExecutor(1, "aligner") as aligner:
+            aligned = [aligner.submit(self.encoder.written, s, *text) for (s, *_), text in zip(answers, texts)]
+            done = lambda i, rollout: aligned.append(aligner.submit(self.encoder.sampled, requests[i][0], rollout))
+            if requests or split or (self.sampler and self.sampler.collective):
+                begun = time.perf_counter()
+                self.sampler.load_weights(weights, version)
+                seconds["sync"] = time.perf_counter() - begun
+                self.sampler.generate([r for _, r in requests], self.sampling, done)
+                self.sampler.sleep()
+        for job in aligned:
+            job.result()
         seconds["generate"] = time.perf_counter() - start - seconds["sync"]
         return Window(step, samples, version if requests else step, seconds)
 

@@ -1,5 +1,7 @@
 """How fast windows are made: python tests/bench_sampler.py  (about three minutes on two cores; prints Markdown)
 
+    python tests/bench_sampler.py --before REVISION     the hf sampler and whole windows against gold_buffer as it was
+
 Tokens per second of both samplers for windows of 1, 4, 16 and 64 prompts, the time of a weight sync, and the share of
 each phase of a training step with lag 0, 1 and 2. All ratios are of one run on one machine; --hidden and --layers make
 the model larger. On a GPU the same commands measure the GPU.
@@ -21,9 +23,12 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the CPU engine would compil
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import bench_align
 import conftest
 import torch
 
+import gold_buffer
+import gold_data
 import gold_train
 from gold_buffer import HFSampler, Request, Sampling, VLLMSampler
 
@@ -74,11 +79,40 @@ def phases(name: str, lag: int, student: Path, teacher: Path, folder: Path) -> d
     return {part: statistics.median(step[f"timing/{part}"] for step in steps) for part in parts}
 
 
+def against(revision: str) -> None:
+    """Milliseconds before and after, alternating, by size of the model and of the window."""
+    before = bench_align.module_at(revision, "gold_buffer")
+    print("| model | prompts | work | before, ms | now, ms | speed |\n|---|---:|---|---:|---:|---:|")
+    rows = [gold_data.Row(({"role": "user", "content": f"What is {i}?"},), "so " * 99) for i in range(64)]
+    vocabularies = [
+        gold_data.Vocabulary(t, (t.eos_token_id,), len(t)) for t in (conftest.byte_level(), conftest.metaspace())
+    ]
+    for size, hidden, new in ((400, 96, 32), (32_000, 96, 32), (600, 96, 256), (600, 512, 256)):
+        model = conftest.tiny_llama(size, hidden=hidden, layers=3)
+        samplers = {m: m.HFSampler(model) for m in (before, gold_buffer)}
+        for n in (16,) if new > 32 else (16, 64):
+            functions = {}
+            for m, sampler in samplers.items():
+                requests = [m.Request([(7 * i + j) % 300 + 5 for j in range(11 + i % 2)], i) for i in range(n)]
+                functions[m] = lambda m=m, s=sampler, r=requests: s.generate(r, m.Sampling(new))  # noqa: B023
+                if new > 32:
+                    encoder = m.Encoder(*vocabularies, new, True, True)
+                    schedule, stream = m.Schedule(0, 0.5, n, 1), m.RowStream(rows, 0)
+                    buffer = m.WindowBuffer(schedule, stream, encoder, sampler, m.Sampling(new), model.state_dict, 1)
+                    functions[m] = lambda b=buffer: b.make(0, None, 0)
+            best, work = fastest(functions), f"{new} tokens" if new == 32 else f"window of {new} tokens, prefix"
+            old, now = 1e3 * best[before], 1e3 * best[gold_buffer]
+            print(f"| V {size:,}, H {hidden} | {n} | {work} | {old:.1f} | {now:.1f} | {old / now:.2f}x |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--before", metavar="REVISION")
     args = parser.parse_args()
+    if args.before:
+        return against(args.before)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as temporary:

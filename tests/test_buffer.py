@@ -144,6 +144,46 @@ def test_rollouts_do_not_depend_on_the_window_they_are_made_in():
     assert [r.completion_ids for r in again] != [r.completion_ids for r in whole]
 
 
+def test_each_rollout_is_told_once_when_it_ends():
+    """Here batch by batch, the longest prompts first, and in a batch the shortest completions first."""
+    model, told = conftest.tiny_llama(120), []
+    s = Sampling(16, end_ids=tuple(range(3, 12)))
+    rollouts = gold_buffer.HFSampler(model).generate(REQUESTS, s, lambda *x: told.append(x))
+    assert sorted(i for i, _ in told) == [*range(5)] and all(rollouts[i] is r for i, r in told)
+    lengths = [len(r.completion_ids) for _, r in told]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 2
+    told.clear()
+    gold_buffer.HFSampler(model, max_batch_tokens=1).generate(REQUESTS, s, lambda *x: told.append(x))
+    assert [i for i, _ in told] == [3, 1, 4, 0, 2]
+
+
+def test_prompts_of_one_length_need_no_mask_and_are_answered_the_same():
+    model, s = conftest.tiny_llama(120).double(), Sampling(12, end_ids=tuple(range(10)))
+    requests, masks = [Request([5 + i, 9, 40 + i], i) for i in range(6)], []
+    sampler = gold_buffer.HFSampler(model)
+    model.model.register_forward_pre_hook(lambda m, _, given: masks.append(given["attention_mask"]), with_kwargs=True)
+    rollouts = sampler.generate(requests, s)
+    assert masks and all(mask is None for mask in masks)
+    for request, rollout in zip(requests, rollouts):
+        assert rollout.completion_ids == sample_plainly(model, request, s)[0]
+    assert len({len(r.completion_ids) for r in rollouts}) > 2, "rows leave"
+
+
+def test_a_model_that_fails_while_it_is_gathered_is_split_again(monkeypatch):
+    class Split(torch.nn.Linear):
+        whole = False
+        unshard = lambda self: setattr(self, "whole", True)
+        reshard = lambda self: setattr(self, "whole", False)
+        set_reshard_after_forward = lambda self, value, recurse: None
+
+    monkeypatch.setattr(gold_buffer, "FSDPModule", Split)
+    model = Split(2, 2)
+    with pytest.raises(ArithmeticError), gold_buffer.gathered(model):
+        assert model.whole
+        raise ArithmeticError
+    assert not model.whole
+
+
 def test_a_completion_ends_at_the_models_last_position_whatever_it_is_decoded_with():
     model, s = conftest.tiny_qwen(120), Sampling(16, end_ids=(3,))
     free = gold_buffer.HFSampler(model).generate(REQUESTS, s)
@@ -206,7 +246,7 @@ class FakeSampler:
         self.weight = float(weights["w"])
         self.version = version
 
-    def generate(self, requests, sampling):
+    def generate(self, requests, sampling, done):
         assert sampling == Sampling(16)
         if self.gate is not None:
             assert self.gate.wait(20)
@@ -214,7 +254,8 @@ class FakeSampler:
             raise ArithmeticError("the engine broke")
         self.calls.append([r.seed for r in requests])
         ids = [10 + int(self.weight), 2]
-        return [Rollout(ids, [-1.0, -0.5], True, self.version) for _ in requests]
+        for i in reversed(range(len(requests))):  # in the order in which they end
+            done(i, Rollout(ids, [-1.0, -0.5], True, self.version))
 
     def check(self):
         pass
@@ -288,6 +329,49 @@ def test_training_and_generation_overlap(lag):
         assert buffer.get(step).step == step
         gate.set()  # the optimizer step
         gold_buffer.wait(buffer.pending.values())
+    buffer.close()
+
+
+def test_what_is_written_is_aligned_while_the_rest_is_still_being_sampled(monkeypatch):
+    """The sampler ends a second completion only when the first one and all answers are aligned."""
+    real, aligned, enough = gold_buffer.Encoder.align, [], threading.Event()
+
+    def align(encoder, sample):
+        aligned.append(real(encoder, sample))
+        if sum(not s.on_policy for s in aligned) == 4 and any(s.on_policy for s in aligned):
+            enough.set()
+        return sample
+
+    class Waits(FakeSampler):
+        def generate(self, requests, sampling, done):
+            def wait_after(i, rollout):
+                done(i, rollout)
+                assert enough.wait(20)
+
+            super().generate(requests, sampling, wait_after)
+
+    monkeypatch.setattr(gold_buffer.Encoder, "align", align)
+    buffer = make_buffer(Waits(), cross=True)
+    assert all(s.alignment is not None for s in buffer.get(0).samples) and len(aligned) == 8
+    buffer.close()
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_what_goes_wrong_while_aligning_is_raised_and_the_next_window_is_whole(on_policy, monkeypatch):
+    real, broken = gold_buffer.Encoder.align, []
+
+    def align(encoder, sample):
+        if sample.on_policy == on_policy and not broken:
+            broken.append(sample)
+            raise ArithmeticError("not aligned")
+        return real(encoder, sample)
+
+    monkeypatch.setattr(gold_buffer.Encoder, "align", align)
+    buffer = make_buffer(FakeSampler(), cross=True)
+    with pytest.raises(ArithmeticError, match="not aligned"):
+        buffer.get(0)
+    buffer.pending.clear()
+    assert all(s.alignment is not None for s in buffer.get(1).samples)
     buffer.close()
 
 

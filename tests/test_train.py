@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bins_loss  # noqa: F401  a fork whose losses enter the trainer
@@ -308,8 +309,14 @@ def test_num_generations_takes_one_prompt_many_times(models, data, tmp_path):
 
 @pytest.mark.parametrize("teacher, seq_kd", [("cross", False), ("cross", True), ("same", False)])
 def test_no_tokenizer_is_used_by_two_threads(models, data, tmp_path, monkeypatch, teacher, seq_kd):
-    """Encoding changes a tokenizer's flags: what the sampler's thread has once used is its own."""
-    used, of_thread, foreign = {}, set(), []
+    """Encoding changes a tokenizer's flags: what the sampler's thread has once used is its own and the aligner's, which
+    it waits for before it uses it again."""
+    used, of_thread, foreign, given, aligned = {}, set(), [], [], []
+
+    class Aligner(ThreadPoolExecutor):
+        def submit(self, *args):
+            given.append(super().submit(*args))
+            return given[-1]
 
     def watched(name):
         real = getattr(PreTrainedTokenizerFast, name)
@@ -319,6 +326,10 @@ def test_no_tokenizer_is_used_by_two_threads(models, data, tmp_path, monkeypatch
             here = threading.current_thread().name
             if here == "sampler":
                 of_thread.add(id(self))
+                if not all(future.done() for future in given):
+                    foreign.append((name, "before the aligner was done"))
+            elif here.startswith("aligner"):
+                aligned.append(name)
             elif id(self) in of_thread:
                 foreign.append((name, here))
             return real(self, *args, **kwargs)
@@ -327,12 +338,13 @@ def test_no_tokenizer_is_used_by_two_threads(models, data, tmp_path, monkeypatch
 
     for name in ("__call__", "decode", "apply_chat_template", "save_pretrained", "convert_ids_to_tokens"):
         monkeypatch.setattr(PreTrainedTokenizerFast, name, watched(name))
+    monkeypatch.setattr(gold_buffer, "ThreadPoolExecutor", Aligner)
     cfg = config(
         models, data, tmp_path / "out", teacher, lag=1, max_steps=3, save_steps=1, eval_ratio=0.2,
         eval_steps=1, seq_kd=seq_kd, max_completion_length=8,
     )  # fmt: skip
     gold_train.train(cfg, ALONE)
-    assert len(of_thread) == 2 and not foreign and len(used) >= 3
+    assert len(of_thread) == 2 and not foreign and len(used) >= 3 and aligned
 
 
 def test_a_run_and_its_resume_write_the_day_on_which_the_run_began(models, tmp_path, monkeypatch, data):
