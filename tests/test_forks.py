@@ -172,7 +172,7 @@ def test_what_is_rewarded_becomes_more_frequent_and_the_logged_loss_stays_the_di
     for coefficient in (0.0, 20.0):
         monkeypatch.setattr(reward, "COEFFICIENT", coefficient)
         cfg = config(
-            models, data, tmp_path / str(coefficient), "same", lmbda=1.0, num_generations=4, max_steps=24,
+            models, data, tmp_path / str(coefficient), "same", lmbda=1.0, num_generations=4, max_steps=32,
             eval_ratio=0.2, per_device_train_batch_size=32, max_completion_length=6, learning_rate=1e-2,
             lr_scheduler="constant",
         )  # fmt: skip
