@@ -51,7 +51,7 @@ from torch import Tensor
 TINY = 1e-200  # stands for a probability too small to see, where 0 would say that the text cannot be written
 FLOOR = -1e3  # stands for log 0: exp() of it is exactly 0, and differences of it stay finite
 MASKED = -1e6  # stands for a logit of -inf: its log probability is below FLOOR
-CHUNK = {"cpu": 2**27, "cuda": 2**34}  # vocabulary x rows^2 of a chunk; 32,000: 65 (8 MB), 733 rows; 151,936: 30, 337
+CHUNK = {"cpu": 2**26, "cuda": 2**34}  # vocabulary x rows^2 of a chunk; 32,000: 46 (6 MB), 733 rows; 151,936: 22, 337
 KEPT = {"cpu": 2**25, "cuda": 2**29}  # size of the laws that are kept for the backward pass: 128 MB, 2 GB in float32
 
 
@@ -207,10 +207,9 @@ def _project(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
     return z.clamp_min_(MASKED)
 
 
-def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The laws (n, V) of logits and their log sum exp (n, 1)."""
-    p = F.softmax(z, dim=-1)
-    return p, z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+def _log_sum(z: Tensor, law: Tensor) -> Tensor:
+    """log sum exp (n, 1) of logits whose softmax is known."""
+    return (z.amax(-1) - law.amax(-1).log())[:, None]
 
 
 def _slope(z: Tensor, head: Head) -> Tensor | float:
@@ -339,7 +338,8 @@ class _LawReads(torch.autograd.Function):
         entropy, few, masses = [], [], [[] for _ in ranges]
         for rows in ctx.chunks:
             z = _project(hidden[rows], compute_weight, head)
-            p, log_sum = _softmax(z)
+            p = F.softmax(z, dim=-1)
+            log_sum = _log_sum(z, p)
             if rows.stop <= room:
                 ctx.kept[rows.start] = p, _slope(z, head)
             entropy.append(log_sum[:, 0] - torch.linalg.vecdot(p, z))
@@ -485,9 +485,9 @@ def fused_jsd(student: Side, teacher: Side, beta: float, scale: str = "kl", chun
         ids = None if student.ids is None else student.ids[rows]
         if z.is_cuda and z.dtype == torch.float32 and len(z) and importlib.util.find_spec("triton"):
             return _jsd_rows(z, teacher_z, ids, beta, student.temperature, factor)
-        logp = teacher_z.sub_(_softmax(teacher_z)[1])
-        q, log_sum = _softmax(z)
-        logq = z.sub_(log_sum)
+        q = F.softmax(z, dim=-1)
+        logp = teacher_z.sub_(_log_sum(teacher_z, F.softmax(teacher_z, dim=-1)))
+        logq = z.sub_(_log_sum(z, q))
         stats = law_stats(logq, ids, q)
         if student.temperature != 1.0:
             logq = F.log_softmax(logq / student.temperature, dim=-1)
