@@ -287,11 +287,12 @@ def test_samples_without_a_scored_token_are_counted_and_warned_about(models, tmp
         sampler = real(*args)
         generate = sampler.generate
 
-        def say_nothing(requests, sampling):
-            rollouts = generate(requests, sampling)
-            for rollout in rollouts:
+        def say_nothing(requests, sampling, done):
+            def change(i, rollout):
                 rollout.completion_ids, rollout.finished = [start_id] * len(rollout.completion_ids), False
-            return rollouts
+                done(i, rollout)
+
+            return generate(requests, sampling, change)
 
         sampler.generate = say_nothing
         return sampler

@@ -467,9 +467,9 @@ def make_run(run: dict, ranks: Ranks) -> None:
             if row["step"] == run["kill"]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        def short(self, requests, sampling):
+        def short(self, requests, sampling, *done):
             most = min(sampling.max_new_tokens, run["lengths"][ranks.rank])
-            return generate(self, requests, dataclasses.replace(sampling, max_new_tokens=most))
+            return generate(self, requests, dataclasses.replace(sampling, max_new_tokens=most), *done)
 
         patch.setattr(gold_train, "setup", remembered)
         patch.setattr(gold_train.gold_eval, "Evaluator", Collector)
