@@ -9,6 +9,7 @@ From top to bottom: samplers (HF, vLLM), windows, models, teachers (local, share
 This file knows nothing about losses, the optimizer, evaluation, or wandb.
 """
 
+import collections
 import contextlib
 import functools
 import gc
@@ -32,6 +33,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -832,7 +834,7 @@ def split_head(model) -> tuple[torch.nn.Module, dict]:
 class LocalTeacher:
     """A causal LM on one device. Only hidden states of the asked rows leave it; the caller projects them."""
 
-    close = lambda self: None  # nothing to end
+    close = ahead = lambda self, *asked: None  # nothing to end, or to prepare
 
     def __init__(self, model):
         self.model = model.eval().requires_grad_(False)
@@ -851,33 +853,57 @@ class LocalTeacher:
         return HFSampler(self.model).generate(requests, sampling)
 
 
+def _together(teacher: LocalTeacher, asked: list[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+    """teacher.hidden of several batches in one pass, all padded to the longest."""
+    longest, rows, before = max(ids.size(1) for ids, _ in asked), [], 0
+    for ids, flat in asked:
+        rows.append((flat // ids.size(1) + before) * longest + flat % ids.size(1))
+        before += len(ids)
+    ids = torch.cat([torch.nn.functional.pad(ids, (0, longest - ids.size(1))) for ids, _ in asked])
+    return teacher.hidden(ids, torch.cat(rows)).split([len(r) for r in rows])
+
+
 def _serve_teacher(load, address: str, key: bytes, clients: int) -> None:
     """The process that owns the node's teacher: answers until all `clients` ranks have left, or its parent is gone.
 
-    An answer is (True, the result) or (False, what went wrong). Tensors go as bytes: multiprocessing's own way, shared
-    memory, needs the sender to live on.
+    An answer is (True, the result) or (False, what went wrong). Tensors of a GPU go by its address (CUDA IPC), others
+    as bytes: multiprocessing's own way for these, shared memory, needs the sender to live on.
     """
     die_with_parent = lambda: (multiprocessing.parent_process().join(), os._exit(1))
     threading.Thread(target=die_with_parent, daemon=True).start()
     teacher = LocalTeacher(load())
+    dumps = ForkingPickler.dumps if teacher.device.type == "cuda" else pickle.dumps
     asked = {
-        "head": lambda: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in teacher.head.items()},
-        "hidden": lambda ids, rows: teacher.hidden(ids, rows).cpu(),
-        "generate": teacher.generate,
+        "head": lambda: [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in teacher.head.items()}],
+        "hidden": lambda *some: _together(teacher, some),
+        "generate": lambda *args: [teacher.generate(*args)],
     }
+
+    def answers(name: str, *args) -> list[tuple[bool, object]]:
+        try:
+            return [(True, x) for x in asked[name](*args)]
+        except Exception as e:  # noqa: BLE001
+            return [(False, f"{type(e).__name__}: {e}")]
+
     with multiprocessing.connection.Listener(address, family="AF_UNIX", authkey=key, backlog=64) as listener:
         ranks = [listener.accept() for _ in range(clients)]
     while ranks:
+        found, some = {}, {}  # `some`: those that ask for hidden states get them of one pass
         for connection in multiprocessing.connection.wait(ranks):
-            try:
+            with contextlib.suppress(EOFError, OSError):
                 name, args = pickle.loads(connection.recv_bytes())
-                try:
-                    answer = True, asked[name](*args)
-                except Exception as e:  # noqa: BLE001
-                    answer = False, f"{type(e).__name__}: {e}"
-                connection.send_bytes(pickle.dumps(answer))
-            except (EOFError, OSError):  # this rank has left
-                ranks.remove(connection)
+                if name == "hidden":
+                    some[connection] = args
+                else:
+                    (found[connection],) = answers(name, *args)
+                continue
+            ranks.remove(connection)  # this rank has left
+        together = answers("hidden", *some.values()) if some else []
+        if len(together) < len(some):  # one may be wrong, or all too much
+            together = [answers("hidden", args)[0] for args in some.values()]
+        for connection, answer in (found | dict(zip(some, together))).items():
+            with contextlib.suppress(OSError):
+                connection.send_bytes(dumps(answer))
 
 
 class SharedTeacher:
@@ -891,6 +917,7 @@ class SharedTeacher:
 
     def __init__(self, load: Callable, local_rank: int, local_world_size: int):
         self.lock, self.process, here = threading.Lock(), None, None  # seq_kd asks from the sampler's thread
+        self.pool, self.window = ThreadPoolExecutor(1, "teacher"), collections.deque()
         if local_rank == 0:
             self.folder = tempfile.TemporaryDirectory(prefix="gold-teacher-", dir="/tmp")  # its path may have 107 bytes
             here = (f"{self.folder.name}/socket", os.urandom(16))
@@ -926,14 +953,19 @@ class SharedTeacher:
             raise RuntimeError(f"the teacher's process failed: {result}")
         return result
 
+    def ahead(self, asked: list[tuple[Tensor, Tensor]]) -> None:
+        """Ask for what `hidden` will be asked for, in that order, while something else is done."""
+        self.window.extend(self.pool.submit(self._ask, "hidden", ids.cpu(), rows.cpu()) for ids, rows in asked)
+
     def hidden(self, ids: Tensor, rows: Tensor) -> Tensor:
-        return self._ask("hidden", ids.cpu(), rows.cpu())
+        return self.window.popleft().result() if self.window else self._ask("hidden", ids.cpu(), rows.cpu())
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Rollout]:
         return self._ask("generate", requests, sampling)
 
     def close(self) -> None:
         """Leave; the process ends when every rank has left."""
+        self.pool.shutdown(cancel_futures=True)
         self.connection.close()
         if self.process is not None:
             self.process.join(10)
@@ -964,6 +996,8 @@ class ServedTeacher:
         timeout: seconds of one try, to its last byte; there are retries + 1, with pauses of 0.5, 1, 2, .. up to 20.
     Raises: ConnectionError if the server cannot be reached, ValueError if it serves or answers something else.
     """
+
+    ahead = lambda self, asked: None  # its server would have to keep what it found
 
     def __init__(
         self, url: str, model: str, vocabulary: Vocabulary, k: int, key: str | None = None, timeout: float = 120.0,

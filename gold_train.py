@@ -1110,9 +1110,11 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             counts = count_tokens(window.samples, taught, ranks.device)
             generated = time.perf_counter()
 
-            todo = micro_batches(cfg, window.samples)
+            todo = [gold_data.collate(part, with_teacher=taught) for part in micro_batches(cfg, window.samples)]
+            if taught:
+                parts.teacher.ahead([(batch.teacher_ids, batch.teacher_rows) for batch in todo])
             while todo:
-                batch = gold_data.collate(todo.pop(0), with_teacher=taught).to(ranks.device)
+                batch = todo.pop(0).to(ranks.device)
                 # gradients are averaged over ranks with the last micro-batch only; split ones in a node with each
                 parts.model.require_backward_grad_sync = not todo
                 if cfg.shard == "node":

@@ -401,7 +401,7 @@ def teacher() -> None:
         through, _ = timed(lambda: shared.hidden(*args).to(DEVICE))
         line("teacher", "in this process, ms", ms)
         line("teacher", "what a process of its own adds, ms", through - ms, 0, 200)
-        line("teacher", "hidden states that differ", (shared.hidden(*args) != want).any().item(), 0, 0, True)
+        line("teacher", "hidden states that differ", (shared.hidden(*args).cpu() != want).any().item(), 0, 0, True)
     finally:
         shared.close()
 

@@ -83,6 +83,45 @@ def test_a_shared_teacher_says_what_a_local_one_says_from_any_thread(folder):
     assert process.exitcode == 0 and not here.exists()
 
 
+def test_a_shared_teacher_reads_a_window_while_others_ask_it_to_write(folder):
+    loading = functools.partial(load, folder)
+    local, shared = LocalTeacher(loading()), SharedTeacher(loading, 0, 1)
+    requests, sampling = [Request([1, 270, 280], 3)], Sampling(6, end_ids=(2,))
+    text = local.generate(requests, sampling)[0].completion_ids
+    for window in range(2):
+        asked = [batch(seed) for seed in range(window, window + 5)]
+        shared.ahead(asked)
+        assert shared.generate(requests, sampling)[0].completion_ids == text
+        for args in asked:
+            assert torch.equal(shared.hidden(*args), local.hidden(*args))
+        assert torch.equal(shared.hidden(*batch(9)), local.hidden(*batch(9)))  # what nobody has announced
+    shared.ahead([(batch(0)[0], torch.tensor([10_000])), batch(1)])
+    with pytest.raises(RuntimeError, match="IndexError"):
+        shared.hidden(*batch(0))
+    assert torch.equal(shared.hidden(*batch(1)), local.hidden(*batch(1)))
+    shared.close()
+
+
+def test_what_several_ranks_ask_is_read_in_one_pass(folder):
+    teacher, asked = LocalTeacher(load(folder, torch.float64)), []
+    for seed, width in enumerate((20, 13, 31)):
+        ids = torch.randint(5, 500, (seed + 1, width), generator=torch.Generator().manual_seed(seed))
+        asked.append((ids, torch.arange(seed, ids.numel(), 3)))
+    for found, args in zip(gold_buffer._together(teacher, asked), asked, strict=True):
+        torch.testing.assert_close(found, teacher.hidden(*args), rtol=1e-5, atol=1e-5)  # norms compute in float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_a_shared_teacher_on_a_gpu_says_stays_there(folder):
+    loading = functools.partial(gold_buffer.load_model, str(folder), None, torch.bfloat16, "cuda")
+    local, shared = LocalTeacher(loading()), SharedTeacher(loading, 0, 1)
+    shared.ahead([batch(seed) for seed in range(4)])
+    found = [shared.hidden(*batch(seed)) for seed in range(4)]  # all alive at once
+    assert all(x.is_cuda and torch.equal(x, local.hidden(*batch(seed))) for seed, x in enumerate(found))
+    shared.close()
+
+
 def test_a_long_path_of_temporary_files_does_not_stop_a_shared_teacher(folder, tmp_path, monkeypatch):
     long = tmp_path / ("x" * 120)
     long.mkdir()
