@@ -223,7 +223,7 @@ def test_every_table_of_results_has_its_command_machine_and_date_above_it():
 
 def test_every_fork_is_in_the_readme_and_says_how_it_is_run():
     for path in sorted((ROOT / "forks").glob("*.py")):
-        assert f"| `forks/{path.name}` |" in TEXT["README"], path.name
+        assert f"`forks/{path.name}`" in TEXT["README"], path.name
         assert f"python forks/{path.name}" in ast.get_docstring(ast.parse(path.read_text())), path.name
 
 
