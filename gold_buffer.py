@@ -213,9 +213,9 @@ class HFSampler:
         rows = lambda longest: int(self.max_batch_tokens // min(self.limit, longest + sampling.max_new_tokens))
         with self._reading():
             for batch in by_length([len(r.prompt_ids) for r in requests], rows, self.progress):
-                for row, *written in self._decode([requests[i] for i in batch], sampling):
+                for row, ids, logprobs in self._decode([requests[i] for i in batch], sampling):
                     i = batch[row]
-                    rollouts[i] = Rollout(*written, self.version)
+                    rollouts[i] = Rollout(ids, logprobs, ids[-1] in sampling.end_ids, self.version)
                     done(i, rollouts[i])
         return [rollouts[i] for i in range(len(requests))]
 
@@ -231,8 +231,8 @@ class HFSampler:
                 out |= {i: -x[: len(sequences[i]) - 1] for i, x in zip(batch, nll.double().cpu().numpy())}
         return [out[i] for i in range(len(sequences))]
 
-    def _decode(self, requests: list[Request], s: Sampling) -> Iterator[tuple[int, list[int], list[float], bool]]:
-        """(number of the request, its ids, their log probabilities, whether it ended itself) of each as it ends."""
+    def _decode(self, requests: list[Request], s: Sampling) -> Iterator[tuple[int, list[int], list[float]]]:
+        """(number of the request, its ids, their log probabilities) of each as it ends."""
         from transformers import DynamicCache
 
         left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
@@ -243,11 +243,8 @@ class HFSampler:
         rngs = (np.random.Generator(np.random.Philox(r.seed)) for r in requests)
         uniform = torch.tensor(np.stack([rng.random(s.max_new_tokens) for rng in rngs]), device=self.device)
         room = [min(s.max_new_tokens, self.limit - len(r.prompt_ids)) for r in requests]
-        alive, out, cache = (
-            [*range(len(requests))],
-            [([], []) for _ in requests],
-            DynamicCache(config=self.model.config),
-        )
+        alive, out = [*range(len(requests))], [([], []) for _ in requests]
+        cache = DynamicCache(config=self.model.config)
         recurrent = "cache_params" in inspect.signature(self.model.forward).parameters  # swallows what it does not know
         known = {"cache_params" if recurrent else "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         for t in range(s.max_new_tokens):
@@ -259,7 +256,7 @@ class HFSampler:
                 out[i][0].append(new)
                 out[i][1].append(x)
                 if new in s.end_ids or t + 1 >= room[i]:
-                    yield i, *out[i], new in s.end_ids
+                    yield i, *out[i]
                 else:
                     going.append(row)
             if not going:

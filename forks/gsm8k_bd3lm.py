@@ -211,7 +211,7 @@ class Denoiser(gold_buffer.HFSampler):
             out |= {i: -x[1 : len(sequences[i])] for i, x in zip(batch, nll.view_as(x0).cpu().numpy())}
         return [out[i] for i in range(len(sequences))]
 
-    def _decode(self, requests: list[gold_buffer.Request], s: gold_buffer.Sampling) -> list[tuple[list[int], list]]:
+    def _decode(self, requests: list[gold_buffer.Request], s: gold_buffer.Sampling) -> list[tuple]:
         """Block by block with a cache of the blocks before; in a block, cfg.per_step holes per forward pass."""
         size, s, prompts = self.size, replace(s, top_p=self.cfg.top_p), [r.prompt_ids for r in requests]
         room = [min(s.max_new_tokens, self.limit - len(p)) for p in prompts]
@@ -237,8 +237,8 @@ class Denoiser(gold_buffer.HFSampler):
                 x[:, b - size : b][holes] = token[holes]
             if (torch.isin(x, ends) & answer).any(1).all():
                 break
-        written = [row[len(p) : len(p) + n] for row, p, n in zip(x.tolist(), prompts, room)]
-        return [(ids[: next((i for i, t in enumerate(ids, 1) if t in s.end_ids), None)], []) for ids in written]
+        cut = lambda ids: ids[: next((n for n, t in enumerate(ids, 1) if t in s.end_ids), None)]
+        return [(i, cut(x[i, len(p) : len(p) + n].tolist()), []) for i, (p, n) in enumerate(zip(prompts, room))]
 
 
 def open_denoiser(cfg: Config, name: str, ranks: gold_train.Ranks) -> Denoiser:

@@ -103,7 +103,7 @@ def test_the_help_names_losses_that_exist():
 
 def test_no_file_grows():
     """The aim is 4,400 lines and no file above 1,000; until they are there, the number of lines only goes down."""
-    most = {"gold_train": 1621, "gold_loss": 741, "gold_data": 1611, "gold_buffer": 1159, "gold_eval": 946}
+    most = {"gold_train": 1621, "gold_loss": 741, "gold_data": 1611, "gold_buffer": 1156, "gold_eval": 946}
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in FILES}
     assert all(lines[name] <= most[name] for name in FILES), lines
 
@@ -202,8 +202,8 @@ def test_what_the_readme_says_to_edit_exists():
 
 
 def test_ci_calls_the_readmes_test_command():
-    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "pytest tests/"
-    assert any(line.startswith("pytest tests/") for line in COMMANDS["README"])
+    command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+    assert command.startswith("pytest tests/") and any(line.startswith(command) for line in COMMANDS["README"])
 
 
 def test_every_table_of_results_has_its_command_machine_and_date_above_it():
