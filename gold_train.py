@@ -930,15 +930,15 @@ def budget(cfg: Config, ranks: Ranks, student, total: float) -> str:
     return f"memory: {text}; the rest is for activations"
 
 
-def rehearse(cfg: Config, run: "Run", row: gold_data.Row, positions: list[float], ranks: Ranks) -> str:
+def rehearse(cfg: Config, run: "Run", ranks: Ranks) -> str:
     """The largest micro-batch there can be, whose gradient is dropped: memory runs out now or never."""
     repeat = lambda ids, n: (list(ids) * n)[: max(0, int(n))]
-    encoder, most = run.buffer.encoder, cfg.max_completion_length
+    encoder, row, most = run.buffer.encoder, run.buffer.rows.rows[0], cfg.max_completion_length
     ours, theirs, text = encoder.prompts(row)
     ids = encoder.student.encode((text or row.prompt[-1]["content"]).encode())[0]
     sample = encoder.align(Sample(repeat(ours, cfg.max_length - most), repeat(ids, most), False, False))
     written = sample.completion_ids if sample.alignment is None else sample.alignment.teacher_ids
-    sample.teacher_prompt_ids = repeat(theirs, min(cfg.max_length - most, positions[-1] - len(written)))
+    sample.teacher_prompt_ids = repeat(theirs, min(cfg.max_length - most, encoder.teacher_positions - len(written)))
     size, parts = len(micro_batches(cfg, [sample] * cfg.per_device_train_batch_size)[0]), run.parts
     if isinstance(parts.teacher, gold_buffer.ServedTeacher):  # it takes no memory here
         cfg, parts = replace(cfg, ce_weight=1.0), parts._replace(teacher=None)
@@ -1028,8 +1028,8 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
         f"lmbda {cfg.lmbda}; {max_steps} steps of {slots * cfg.num_generations * ranks.world_size} completions"
     )
     student, read_head, model = open_student(cfg, ranks, checkpoint)
-    optimizer, on_gpu = open_optimizer(cfg, student), device.type == "cuda"
-    if on_gpu:
+    optimizer = open_optimizer(cfg, student)
+    if device.type == "cuda":
         say(budget(cfg, ranks, student, torch.cuda.get_device_properties(device).total_memory))
     teacher, teacher_head = open_teacher(cfg, ranks, teacher_vocabulary, say)
     autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
@@ -1054,8 +1054,6 @@ def setup(cfg: Config, ranks: Ranks, say: Callable[[str], None]) -> Run:
     run = Run(parts, student, copy.deepcopy(vocabulary.tokenizer), optimizer, buffer, mine, identity, max_steps)
     if saved:
         restore(run, saved, checkpoint, ranks, say)
-    if on_gpu:
-        say(rehearse(cfg, run, rows[0], positions, ranks))
     weights = gold_buffer.whole_weights(student, ranks.rank == 0) if cfg.eval_tasks else None
     if ranks.rank == 0:
         run.records = Records(cfg, ranks, max_steps, run.step, student, run.tokenizer, say, weights)
@@ -1094,6 +1092,8 @@ def train(cfg: Config, ranks: Ranks, last: bool = True) -> bool:
             cfg = replace(cfg, teacher_prompt_template=text)
             told(lambda: stack.enter_context(run_folder(cfg, ranks)))
             run = setup(cfg, ranks, say)
+            if ranks.device.type == "cuda":
+                say(rehearse(cfg, run, ranks))
         seen, parts, records = stack.enter_context(signals()), run.parts, run.records
         finished, stop, taught = run.step >= run.max_steps, 0.0, parts.teacher is not None
         saved = trained = time.perf_counter()

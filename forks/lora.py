@@ -40,8 +40,8 @@ def adapters(model) -> list[LoraLayer]:
 
 
 @torch.no_grad()
-def merged(model) -> dict[str, Tensor]:
-    """State dict of the model without adapters that computes the same."""
+def merged(model, keep_vars: bool = False) -> dict[str, Tensor]:
+    """State dict of the model without adapters that computes the same. None of it is a variable, whatever is asked."""
     plain = {k: v for k, v in type(model).state_dict(model).items() if ".lora_" not in k}
     weights = {name.replace(".base_layer", ""): x for name, x in plain.items()}
     for name, layer in model.named_modules():
@@ -113,8 +113,8 @@ def setup(cfg, ranks, say, plain=gold_train.setup) -> gold_train.Run:
     return run
 
 
-def save_model(folder, model, tokenizer, dtype=torch.float32, plain=gold_train.save_model) -> None:
-    plain(folder, model, tokenizer, dtype)
+def save_model(folder, model, tokenizer, dtype=torch.float32, weights=None, plain=gold_train.save_model) -> None:
+    plain(folder, model, tokenizer, dtype, weights)
     if adapters(model):
         model.peft_config["default"].save_pretrained(folder / FOLDER)
         save_file({name: x.cpu().contiguous() for name, x in own(model).items()}, folder / FOLDER / FILE)

@@ -103,6 +103,20 @@ def test_rollouts_start_short_and_grow_and_answers_of_the_data_set_are_whole(for
     assert metrics(tmp_path / "off")[0]["response_seq_len/max"] > 10
 
 
+@pytest.mark.parametrize("name", ["lora", "multi_teacher", "reward", "second_pass"])
+def test_a_fork_can_try_its_largest_micro_batch(fork, models, data, tmp_path, name):
+    """As every run on a GPU does before its first window."""
+    if name == "lora":
+        pytest.importorskip("peft")
+    fork(name)
+    how = {"reward": {"num_generations": 4, "lmbda": 0.0}, "second_pass": {"cross_tokenizer_loss": "whole"}}
+    cfg = config(models, data, tmp_path / "out", **how.get(name, {}))
+    run = gold_train.setup(cfg, ALONE, print)
+    assert gold_train.rehearse(cfg, run, ALONE) == "memory: the largest micro-batch has 4 x 80 tokens"
+    run.buffer.close()
+    run.records.close()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # reward.py
 
