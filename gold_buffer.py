@@ -434,11 +434,8 @@ class VLLMSampler:
     def check(self) -> None:
         """Raises TimeoutError if a call is past its deadline; from another thread when the engine itself hangs."""
         if time.monotonic() > self.until:
-            what = (
-                f"{len(self.late)} requests (positions {list(self.late.values())[:20]})"
-                if self.late
-                else "loading weights"
-            )
+            late = list(self.late.values())
+            what = f"{len(late)} requests (positions {late[:20]})" if late else "loading weights"
             advice = "lower the window or --max-completion-length. The last checkpoint goes on with --resume."
             raise TimeoutError(f"vLLM has not finished {what} after {self.deadline:.0f} s: {advice}")
 

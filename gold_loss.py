@@ -48,6 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # the builds of torch for GPUs bring it
 TINY = 1e-200  # stands for a probability too small to see, where 0 would say that the text cannot be written
 FLOOR = -1e3  # stands for log 0: exp() of it is exactly 0, and differences of it stay finite
 MASKED = -1e6  # stands for a logit of -inf: its log probability is below FLOOR
@@ -194,9 +195,8 @@ def _chunks(num_rows: int, head: Head, chunk: int | None) -> list[slice]:
 
 def _project(hidden: Tensor, weight: Tensor, head: Head) -> Tensor:
     """Logits (n, V) of a chunk in float32 at least, by the `weight` in hidden's dtype; MASKED, not -inf: no 0 x inf."""
-    unrounded = (
-        {"out_dtype": torch.float32} if hidden.is_cuda and hidden.dtype.itemsize == 2 else {}
-    )  # no kernel on CPUs
+    rounds = hidden.is_cuda and hidden.dtype.itemsize == 2  # CPUs have no kernel that does not
+    unrounded = {"out_dtype": torch.float32} if rounds else {}
     z = _wide(torch.mm(hidden, weight.t(), **unrounded))
     if head.bias is not None:
         z.add_(head.bias)
@@ -235,9 +235,7 @@ class _HeadGradients:
         low, hidden = dz.to(hidden.dtype), hidden[rows]
         if self.hidden is not None:
             self.hidden[rows] = low @ weight
-        if (
-            self.weight is not None and low is not dz and dz.is_cuda
-        ):  # of bf16, but neither rounded to it nor made aside
+        if self.weight is not None and low is not dz and dz.is_cuda:  # of bf16: not rounded to it, not made aside
             torch.addmm(self.weight, low.t(), hidden, out_dtype=torch.float32, out=self.weight)
         elif self.weight is not None:
             self.weight.addmm_(dz.t(), hidden.to(dz.dtype))
@@ -483,7 +481,7 @@ def fused_jsd(student: Side, teacher: Side, beta: float, scale: str = "kl", chun
 
     def row_fn(z, teacher_z, extra, rows, want_grad):
         ids = None if student.ids is None else student.ids[rows]
-        if z.is_cuda and z.dtype == torch.float32 and len(z) and importlib.util.find_spec("triton"):
+        if z.is_cuda and z.dtype == torch.float32 and len(z) and HAS_TRITON:
             return _jsd_rows(z, teacher_z, ids, beta, student.temperature, factor)
         q = F.softmax(z, dim=-1)
         logp = teacher_z.sub_(_log_sum(teacher_z, F.softmax(teacher_z, dim=-1)))

@@ -1183,12 +1183,12 @@ def micro_batches(cfg: Config, samples: list[Sample]) -> list[list[Sample]]:
 
 def heldout_loss(cfg: Config, parts: Parts, samples: list[Sample], ranks: Ranks) -> float:
     """Mean loss per token of these samples and those of the other ranks; without a teacher, cross entropy."""
-    scored, size, total = parts.teacher is not None, cfg.per_device_train_batch_size, 0.0
+    scored, total = parts.teacher is not None, 0.0
     cfg = replace(cfg, ce_weight=float(not scored))
     if isinstance(parts.model, DistributedDataParallel):
         parts = parts._replace(model=parts.model.module)  # its forward is a collective
-    for i in range(0, len(samples), size):
-        batch = gold_data.collate(samples[i : i + size], with_teacher=scored).to(ranks.device)
+    for part in micro_batches(cfg, samples):
+        batch = gold_data.collate(part, with_teacher=scored).to(ranks.device)
         with torch.no_grad():
             total += micro_batch_loss(cfg, parts, batch, (1.0, 1.0), Stats()).item()
     tokens = sum(s.num_tokens if scored else len(s.completion_ids) for s in samples)

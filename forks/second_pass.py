@@ -110,11 +110,11 @@ def collate(samples, with_teacher: bool = True, plain=gold_data.collate) -> gold
     batch = plain(samples, with_teacher)
     if not with_teacher or samples[0].alignment is None or not PAIR:
         return batch
-    texts = [(PAIR[0].join(s.completion_ids)[: a.scored_bytes], a) for s in samples if (a := s.alignment)]
-    # the law at the end of the text counts if the student ended it there
-    texts = [
-        (t, len(t) + (len(s.completion_ids) == a.student_scored and s.finished)) for s, (t, a) in zip(samples, texts)
-    ]
+    texts = []
+    for s in samples:
+        text = PAIR[0].join(s.completion_ids)[: s.alignment.scored_bytes]
+        ended = s.finished and s.alignment.student_scored == len(s.completion_ids)  # then the law at its end counts
+        texts.append((text, len(text) + ended))
     prompts = zip(*((s.prompt_ids, s.teacher_prompt_ids) for s in samples))
     batch.student_tree, batch.teacher_tree = (collate_trees(v, list(p), texts) for v, p in zip(PAIR, prompts))
     batch.offset_sample = torch.arange(len(samples)).repeat_interleave(torch.tensor([n for _, n in texts]))

@@ -103,7 +103,7 @@ def test_the_help_names_losses_that_exist():
 
 def test_no_file_grows():
     """The aim is 4,400 lines and no file above 1,000; until they are there, the number of lines only goes down."""
-    most = {"gold_train": 1621, "gold_loss": 741, "gold_data": 1611, "gold_buffer": 1156, "gold_eval": 946}
+    most = {"gold_train": 1621, "gold_loss": 739, "gold_data": 1611, "gold_buffer": 1153, "gold_eval": 946}
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in FILES}
     assert all(lines[name] <= most[name] for name in FILES), lines
 
